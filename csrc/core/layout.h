@@ -1,0 +1,32 @@
+// Packed-weight layouts: one line each. A layout names geometry, not a CPU; the picture of each is
+// in the header of the family that owns it. Changed bytes need a new version and a new golden file.
+#pragma once
+
+#include <stdint.h>
+
+// X(name, version, bits)
+#define OW_LAYOUTS(X) \
+  X(w2_n16k16, 1, 2)  \
+  X(w3_n16k32, 1, 3)  \
+  X(w4_n16k8, 1, 4)   \
+  X(w8_n16k4, 1, 8)
+
+namespace ow {
+
+enum class Layout : int32_t {
+#define OW_LAYOUT_ID(name, version, bits) name,
+  OW_LAYOUTS(OW_LAYOUT_ID)
+#undef OW_LAYOUT_ID
+};
+
+struct LayoutInfo {
+  Layout id;
+  const char* text;  // "w4_n16k8@1"
+  int32_t bits;
+};
+
+// Null for an id this build does not know.
+const LayoutInfo* layout_info(int64_t id);
+const LayoutInfo* layout_for_bits(int64_t bits);
+
+}  // namespace ow

@@ -1,0 +1,110 @@
+// Multiply by a group-quantized weight:
+//
+//   y[i,n] = bias[n] + add[i,n] + sum_g scale_w[n,g] * sum_{k in g} x[i,k] * (c[n,k] - z[n,g])
+//
+//   c  codes, 0 .. 2^bits - 1           z  zero points, 2^(bits-1) where `zeros` is null
+//   g  groups of group_size consecutive k; the last may be shorter, and one group may be all of k
+//
+// The inner sum is never taken over floats. Activations arrive encoded (kernels/quantize):
+//   digits = 1   x = x_scale[i] * int8                        ("int8" mode)
+//   digits = 3   x = x_scale[i,g] * (three base-256 digits)   ("float" mode: fp32 accuracy)
+// so a group's sum is exact in int32 and z costs one product with the group's digit sum. Every tier
+// computes the same integers; only the fp32 sum over groups (in order of g) is rounded.
+//   digits = 0   x stays bf16 and meets c - z, exact in bf16, in a bf16 dot product ("float" mode
+//                for many rows of bf16 on tiers that have the instruction)
+//
+// Layouts. A panel is 16 outputs (rows of w past n are zero); k is padded to a multiple of 32 with
+// zero codes. A line is 64 bytes: 16 outputs x 4 bytes, so that one 32-bit lane belongs to one
+// output. A unit is 16 k. Byte b of lane n holds, low bits first:
+//
+//   w8_n16k4    k = 4l + b                             4 lines a unit
+//   w4_n16k8    k = 8l + b | k + 4                     2 lines
+//   w2_n16k16   k = 16l + b | k + 4 | k + 8 | k + 12   1 line
+//   w3_n16k32   two w2 lines with the low two bits of k = 0..15 and 16..31, then one line whose
+//               bit j is the high bit of k = 4j + b    3 lines every two units
+//
+// The packed tensor is [panels, k_padded / k_line, lines, 16, 4] with (k_line, lines) = (4, 1),
+// (8, 1), (16, 1), (32, 3); scales and zeros are [panels, groups, 16]. All of a panel is
+// consecutive, so a thread streams its share of the weight once, front to back.
+#pragma once
+
+#include "core/kernel_table.h"
+#include "core/layout.h"
+#include "core/parallel.h"
+#include "core/types.h"
+
+namespace ow {
+
+constexpr int64_t kPanel = 16;
+constexpr int64_t kUnit = 16;
+constexpr int64_t kPadK = 32;
+
+// The int32 sums hold |code| * |digit| * k < 2^31 up to this k in one group.
+constexpr int64_t kMaxGroup = 65536;
+
+struct LowbitGemmArgs {
+  int64_t m, n, k;
+  int64_t k_padded, group_size, groups;
+  int32_t bits;
+  int32_t digits;          // 1, 3: x is int8 [m, digits, k_padded]; 0: x is bf16 [m, k_padded]
+  const void* x;           // 64-byte aligned
+  const float* x_scales;   // digits 1: [m]; digits 3: [m, groups]; digits 0: null
+  const int32_t* x_sums;   // [m, digits, groups]; digits 0: null
+  const uint8_t* w;        // packed
+  const void* w_scales;    // [panels, groups, 16] of w_scales_type
+  FloatType w_scales_type;
+  const uint8_t* w_zeros;  // [panels, groups, 16], or null
+  const void* bias;        // [n] of y_type, or null
+  const void* add;         // [m, n] of y_type, contiguous, or null
+  void* y;                 // [m, n] of y_type, contiguous
+  FloatType y_type;
+};
+
+// Computes panels [begin, end) of every row.
+using LowbitGemmFn = void (*)(const LowbitGemmArgs&, int64_t begin, int64_t end);
+
+// What a kernel reads: its layout and its kind of activations.
+constexpr int32_t lowbit_key(Layout layout, bool bf16_x) { return int32_t(layout) * 2 + bf16_x; }
+
+// "rows" kernels unpack in registers and are bound by memory; "tile" kernels unpack 64 outputs to
+// the cache once for many rows. max_m is in activation rows of digits (m * digits): the
+// measured crossing.
+#define OW_LOWBIT_GEMM_EACH_LAYOUT(X, isa, bf16_x, max_m, fn) \
+  X(isa, lowbit_key(Layout::w2_n16k16, bf16_x), max_m, fn)    \
+  X(isa, lowbit_key(Layout::w3_n16k32, bf16_x), max_m, fn)    \
+  X(isa, lowbit_key(Layout::w4_n16k8, bf16_x), max_m, fn)     \
+  X(isa, lowbit_key(Layout::w8_n16k4, bf16_x), max_m, fn)
+
+#define OW_LOWBIT_GEMM_KERNELS(X)                                                                \
+  OW_IF_AVX512BF16(                                                                              \
+      OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512bf16, true, kAnyM, lowbit_gemm_tile_64x6_avx512bf16))  \
+  OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, 24, lowbit_gemm_rows_avx512))        \
+  OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, kAnyM, lowbit_gemm_tile_64x6_avx512)) \
+  OW_IF_AVX2(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx2, false, kAnyM, lowbit_gemm_rows_avx2))           \
+  OW_LOWBIT_GEMM_EACH_LAYOUT(X, scalar, false, kAnyM, lowbit_gemm_rows_scalar)
+
+#define OW_DECLARE(isa, key, max_m, fn) void fn(const LowbitGemmArgs&, int64_t, int64_t);
+OW_LOWBIT_GEMM_KERNELS(OW_DECLARE)
+#undef OW_DECLARE
+
+// Whether `m` rows of bf16 are better left as bf16 (digits = 0) than encoded.
+bool lowbit_gemm_takes_bf16(Isa isa, int64_t m);
+
+void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel);
+
+// Packing. codes [n, k] one byte each, scales [n, groups], zeros [n, groups] or null; the packed
+// tensors as above. Padding outputs get scale 0 and zero point 0.
+struct LowbitPackArgs {
+  int64_t n, k, k_padded, groups;
+  int32_t bits;
+  int64_t scale_size;  // bytes of one scale
+};
+int64_t lowbit_panel_bytes(int32_t bits, int64_t k_padded);
+void pack_lowbit(const LowbitPackArgs& args, const uint8_t* codes, const void* scales,
+                 const uint8_t* zeros, uint8_t* packed, void* packed_scales, uint8_t* packed_zeros,
+                 const Parallel& parallel);
+void unpack_lowbit(const LowbitPackArgs& args, const uint8_t* packed, const void* packed_scales,
+                   const uint8_t* packed_zeros, uint8_t* codes, void* scales, uint8_t* zeros,
+                   const Parallel& parallel);
+
+}  // namespace ow

@@ -1,0 +1,32 @@
+// Every family's kernel list in one place, for openwork.kernels(). A new family adds two lines.
+#include <cstring>
+#include <vector>
+
+#include "kernels/activations/activations.h"
+#include "kernels/lowbit_gemm/lowbit_gemm.h"
+#include "kernels/quantize/quantize.h"
+
+namespace ow {
+
+struct KernelName {
+  const char* name;
+  Isa isa;
+};
+
+std::vector<KernelName> kernel_names() {
+  constexpr KernelName kAll[] = {
+#define OW_NAME(isa, key, max_m, fn) {#fn, Isa::isa},
+      OW_LOWBIT_GEMM_KERNELS(OW_NAME)  //
+      OW_QUANTIZE_KERNELS(OW_NAME)     //
+      OW_ACTIVATIONS_KERNELS(OW_NAME)  //
+#undef OW_NAME
+  };
+  std::vector<KernelName> names;
+  for (const KernelName& kernel : kAll) {
+    // A kernel that reads several layouts stands in its list once for each.
+    if (names.empty() || std::strcmp(names.back().name, kernel.name) != 0) names.push_back(kernel);
+  }
+  return names;
+}
+
+}  // namespace ow

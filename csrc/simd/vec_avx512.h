@@ -1,0 +1,94 @@
+// Sixteen lanes: AVX-512 F, BW, DQ, VL. Masked moves never touch lanes past n.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/types.h"
+
+namespace ow::OW_TARGET {
+namespace {
+
+constexpr int64_t kLanes = 16;
+struct VecF {
+  __m512 v;
+};
+struct VecI {
+  __m512i v;
+};
+
+OW_INLINE __mmask16 lane_mask(int64_t n) { return __mmask16(n < 16 ? (1u << n) - 1 : 0xffffu); }
+
+OW_INLINE VecF widen_bf16(__m256i bits) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+OW_INLINE __m256i narrow_bf16(VecF a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i result =
+      _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+OW_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+OW_INLINE VecF load(const bf16* p) { return widen_bf16(_mm256_loadu_epi16(p)); }
+OW_INLINE VecF load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_epi16(p))}; }
+OW_INLINE VecF load_n(const float* p, int64_t n) {
+  return {_mm512_maskz_loadu_ps(lane_mask(n), p)};
+}
+OW_INLINE VecF load_n(const bf16* p, int64_t n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(lane_mask(n), p));
+}
+OW_INLINE VecF load_n(const f16* p, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p))};
+}
+
+OW_INLINE void store(float* p, VecF a) { _mm512_storeu_ps(p, a.v); }
+OW_INLINE void store(bf16* p, VecF a) { _mm256_storeu_epi16(p, narrow_bf16(a)); }
+OW_INLINE void store(f16* p, VecF a) {
+  _mm256_storeu_epi16(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+OW_INLINE void store_n(float* p, VecF a, int64_t n) {
+  _mm512_mask_storeu_ps(p, lane_mask(n), a.v);
+}
+OW_INLINE void store_n(bf16* p, VecF a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, lane_mask(n), narrow_bf16(a));
+}
+OW_INLINE void store_n(f16* p, VecF a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, lane_mask(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+OW_INLINE void store_i8(int8_t* p, VecI a) { _mm_storeu_epi8(p, _mm512_cvtepi32_epi8(a.v)); }
+OW_INLINE void store_i8_n(int8_t* p, VecI a, int64_t n) {
+  _mm_mask_storeu_epi8(p, lane_mask(n), _mm512_cvtepi32_epi8(a.v));
+}
+
+OW_INLINE VecF set1(float v) { return {_mm512_set1_ps(v)}; }
+OW_INLINE VecI set1(int32_t v) { return {_mm512_set1_epi32(v)}; }
+OW_INLINE VecF add(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+OW_INLINE VecF sub(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+OW_INLINE VecF mul(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+OW_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+OW_INLINE VecF div_(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+OW_INLINE VecF max_(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
+OW_INLINE VecI add(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
+OW_INLINE VecI sub(VecI a, VecI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+OW_INLINE VecI max_(VecI a, VecI b) { return {_mm512_max_epi32(a.v, b.v)}; }
+OW_INLINE VecI shift_left(VecI a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
+OW_INLINE VecI shift_right(VecI a, int n) { return {_mm512_srai_epi32(a.v, unsigned(n))}; }
+
+OW_INLINE VecI to_int(VecF a) { return {_mm512_cvtps_epi32(a.v)}; }
+OW_INLINE VecF to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
+OW_INLINE VecF as_float(VecI a) { return {_mm512_castsi512_ps(a.v)}; }
+OW_INLINE VecI as_int(VecF a) { return {_mm512_castps_si512(a.v)}; }
+OW_INLINE VecI abs_bits(VecF a) {
+  return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
+
+OW_INLINE float sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
+OW_INLINE int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
+OW_INLINE int32_t max_of_lanes(VecI a) { return _mm512_reduce_max_epi32(a.v); }
+
+}  // namespace
+}  // namespace ow::OW_TARGET

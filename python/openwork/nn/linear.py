@@ -1,0 +1,48 @@
+"""A linear layer whose weight is packed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.lowbit import Compute, lowbit_linear
+from ..packing import PackedWeight
+
+
+class LowbitLinear(nn.Module):
+    """``y = x @ dequantize(weight).T + bias + add`` over a :class:`~openwork.PackedWeight`.
+
+    The packed tensors are not parameters and not part of ``state_dict()``: the packed layout never
+    reaches a file. Save with :func:`openwork.save`, which writes the canonical form.
+
+    Args:
+        weight: from :func:`openwork.pack_lowbit`.
+        bias: ``[n]``, dtype of the activations, or None.
+        compute: see :func:`openwork.lowbit_linear`.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None = None, compute: Compute = "int8"
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.compute: Compute = compute
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.k
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.n
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""
+        return lowbit_linear(x, self.weight, self.bias, add, compute=self.compute)
+
+    def extra_repr(self) -> str:
+        w = self.weight
+        return (
+            f"in_features={w.k}, out_features={w.n}, bits={w.bits}, group_size={w.group_size}, "
+            f"symmetric={w.zeros is None}, compute={self.compute!r}"
+        )

@@ -1,0 +1,16 @@
+"""Thin wrappers of ``torch.ops.openwork``: docstrings, fake implementations, packed weights."""
+
+from __future__ import annotations
+
+from .activations import rms_norm, rope, silu_mul
+from .lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+
+__all__ = [
+    "lowbit_linear",
+    "pack_lowbit",
+    "quantize_rows",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "unpack_lowbit",
+]

@@ -1,0 +1,132 @@
+"""The elementwise steps of a decoder block, fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm: ``x * weight / sqrt(mean(x ** 2) + eps)`` over the last dimension.
+
+    Args:
+        x: ``[..., d]`` float32, bfloat16 or float16; arithmetic in fp32.
+        weight: ``[d]``, dtype of x.
+        eps: added to the mean square.
+
+    Returns:
+        ``[..., d]``, dtype of x, contiguous. No gradient.
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+
+    Example:
+        >>> openwork.ops.rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0).shape
+        torch.Size([1, 2])
+    """
+    return torch.ops.openwork.rms_norm(x, weight, eps)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """Gated activation of SwiGLU: ``silu(gate) * up`` for ``gate, up = x.chunk(2, -1)``.
+
+    Args:
+        x: ``[..., 2 d]`` float32, bfloat16 or float16; arithmetic in fp32.
+
+    Returns:
+        ``[..., d]``, dtype of x, contiguous. No gradient.
+
+    Raises:
+        ValueError: an odd last dimension or another dtype.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+
+    Example:
+        >>> openwork.ops.silu_mul(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+    """
+    return torch.ops.openwork.silu_mul(x)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on halves: dimension j turns with dimension j + d / 2.
+
+    ``y[j] = x[j] * cos[j] - x[j + d/2] * sin[j]`` and
+    ``y[j + d/2] = x[j + d/2] * cos[j] + x[j] * sin[j]`` for ``j < d / 2``.
+
+    Args:
+        x: ``[b, t, h, d]`` float32, bfloat16 or float16, d even; any strides, so a view of a fused
+            query-key-value projection needs no copy.
+        cos: ``[t, d / 2]`` float32, contiguous: cosines at each token's position.
+        sin: ``[t, d / 2]`` float32, contiguous.
+
+    Returns:
+        ``[b, t, h, d]``, dtype of x, contiguous. No gradient.
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+
+    Source: Su et al., "RoFormer", 2021, in the half-split order of GPT-NeoX.
+
+    Example:
+        >>> table = torch.zeros(5, 4)
+        >>> openwork.ops.rope(torch.ones(1, 5, 2, 8), table + 1, table).shape
+        torch.Size([1, 5, 2, 8])
+    """
+    return torch.ops.openwork.rope(x, cos, sin)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_float(op: str, x: Tensor) -> None:
+    name = str(x.dtype).removeprefix("torch.")
+    _check(x.dtype in _FLOATS, f"{op}: x must be float32, bfloat16 or float16, got {name}")
+
+
+@torch.library.register_fake("openwork::rms_norm")
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _check_float("rms_norm", x)
+    _check(
+        x.dim() >= 1 and x.shape[-1] >= 1,
+        f"rms_norm: x must have a last dimension of at least 1, got {list(x.shape)}",
+    )
+    _check(
+        list(weight.shape) == [x.shape[-1]],
+        f"rms_norm: weight must have shape [{x.shape[-1]}], got {list(weight.shape)}",
+    )
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("openwork::silu_mul")
+def _silu_mul_fake(x: Tensor) -> Tensor:
+    _check_float("silu_mul", x)
+    _check(
+        x.dim() >= 1 and x.shape[-1] >= 2 and x.shape[-1] % 2 == 0,
+        "silu_mul: x must have an even last dimension (gate and up), "
+        f"got {list(x.shape)}",
+    )
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@torch.library.register_fake("openwork::rope")
+def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    _check_float("rope", x)
+    _check(
+        x.dim() == 4 and x.shape[3] >= 2 and x.shape[3] % 2 == 0,
+        f"rope: x must be [b, t, h, d] with d even, got {list(x.shape)}",
+    )
+    want = [x.shape[1], x.shape[3] // 2]
+    for name, table in (("cos", cos), ("sin", sin)):
+        _check(
+            list(table.shape) == want,
+            f"rope: {name} must have shape {want}, got {list(table.shape)}",
+        )
+    return x.new_empty(x.shape)

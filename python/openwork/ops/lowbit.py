@@ -1,0 +1,321 @@
+"""Low-bit weights: packing, and the linear layer over them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._native import layouts
+from ..packing import PackedWeight, layout_for_bits
+
+Compute = Literal["float", "int8"]
+
+_COMPUTE_IDS = {"float": 0, "int8": 1}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PANEL = 16
+_PAD_K = 32
+
+
+def pack_lowbit(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+) -> PackedWeight:
+    """Pack a group-quantized weight for :func:`lowbit_linear`.
+
+    The weight is ``scales[n, g] * (codes[n, k] - zeros[n, g])`` with ``g = k // group_size``. Any
+    n and k: rows are padded to 16 and columns to 32; the last group may be shorter.
+
+    Args:
+        codes: ``[n, k]`` uint8, each in ``0 .. 2**bits - 1``.
+        scales: ``[n, ceil(k / group_size)]`` float32, float16 or bfloat16, finite; kept in its
+            dtype.
+        zeros: ``[n, ceil(k / group_size)]`` uint8 in ``0 .. 2**bits - 1``, or None: symmetric,
+            zero point ``2 ** (bits - 1)``.
+        bits: 2, 3, 4 or 8.
+        group_size: 16, 32, 64, 128, or k (one group a row, k up to 65536).
+
+    Returns:
+        A :class:`~openwork.PackedWeight` of new tensors in huge-page memory.
+
+    Raises:
+        ValueError: a wrong dtype, shape, range, or a scale that is not finite.
+
+    Example:
+        >>> codes = torch.randint(16, (24, 64), dtype=torch.uint8)
+        >>> w = openwork.pack_lowbit(codes, torch.ones(24, 2), bits=4, group_size=32)
+        >>> w.layout, w.n, w.k
+        ('w4_n16k8@1', 24, 64)
+    """
+    packed, packed_scales, packed_zeros = torch.ops.openwork.pack_lowbit(
+        codes, scales, zeros, bits, group_size
+    )
+    return PackedWeight(
+        packed,
+        packed_scales,
+        None if zeros is None else packed_zeros,
+        layout_for_bits(bits),
+        codes.shape[0],
+        codes.shape[1],
+        group_size,
+    ).in_huge_pages()
+
+
+def unpack_lowbit(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of :func:`pack_lowbit`.
+
+    Returns:
+        ``codes [n, k]`` uint8, ``scales [n, groups]`` in the dtype they were packed in, and
+        ``zeros [n, groups]`` uint8 or None.
+
+    Raises:
+        ValueError: tensors that do not fit the layout.
+    """
+    codes, scales, zeros = torch.ops.openwork.unpack_lowbit(
+        weight.packed,
+        weight.scales,
+        weight.zeros,
+        weight.layout_id,
+        weight.n,
+        weight.k,
+        weight.group_size,
+    )
+    return codes, scales, None if weight.zeros is None else zeros
+
+
+def lowbit_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    *,
+    compute: Compute = "float",
+) -> Tensor:
+    """Multiply by a group-quantized weight: ``x @ dequantize(weight).T + bias + add``.
+
+    Reads ``weight.nbytes`` bytes of weights; one rounding to the dtype of x at the end. The
+    result does not depend on the number of threads.
+
+    Args:
+        x: ``[..., k]`` float32, bfloat16 or float16; made contiguous if it is not.
+        weight: from :func:`pack_lowbit`; any layout this build reads.
+        bias: ``[n]``, dtype of x, or None.
+        add: ``[..., n]``, shape and dtype of the result, or None: a residual or another term of a
+            sum of weights, added in fp32 before rounding. Not modified.
+        compute: ``"float"`` multiplies the weight's exact values at fp32 accuracy. ``"int8"``
+            rounds each row of x to int8 first, ``x ~ s * round(x / s)`` with
+            ``s = max|x| / 127``, and sums exactly in int32; faster for many rows.
+
+    Returns:
+        ``[..., n]``, dtype of x. No gradient. A row of x that holds an infinity or a NaN gives
+        NaN.
+
+    Raises:
+        ValueError: a wrong dtype or shape, or a layout this build does not read.
+
+    Example:
+        >>> codes = torch.full((16, 32), 9, dtype=torch.uint8)
+        >>> w = openwork.pack_lowbit(codes, torch.ones(16, 1), bits=4, group_size=32)
+        >>> openwork.lowbit_linear(torch.ones(1, 32), w)[0, 0].item()  # 32 * (9 - 8)
+        32.0
+    """
+    if compute not in _COMPUTE_IDS:
+        raise ValueError(f"lowbit_linear: compute must be 'float' or 'int8', got {compute!r}")
+    return torch.ops.openwork.lowbit_linear(
+        x,
+        weight.packed,
+        weight.scales,
+        weight.zeros,
+        bias,
+        add,
+        weight.layout_id,
+        weight.n,
+        weight.k,
+        weight.group_size,
+        _COMPUTE_IDS[compute],
+    )
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to int8: ``scales = max_k |x| / 127``, ``codes = round(x * (127 / max))``.
+
+    Rounds to nearest, ties to even. A row of zeros (or below 2**-120) gets scale 0 and codes 0; a
+    row with an infinity or a NaN gets scale NaN and codes 0.
+
+    Args:
+        x: ``[..., k]`` float32, bfloat16 or float16.
+
+    Returns:
+        ``codes [..., k]`` int8 in -127 .. 127 and ``scales [...]`` float32.
+
+    Raises:
+        ValueError: x has no last dimension or another dtype.
+
+    Example:
+        >>> codes, scales = openwork.quantize_rows(torch.tensor([[1.0, -2.0]]))
+        >>> codes.tolist()
+        [[64, -127]]
+    """
+    return torch.ops.openwork.quantize_rows(x)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_float(op: str, name: str, tensor: Tensor) -> None:
+    _check(
+        tensor.dtype in _FLOATS,
+        f"{op}: {name} must be float32, bfloat16 or float16, got {_name(tensor.dtype)}",
+    )
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
+    _check(
+        list(tensor.shape) == want,
+        f"{op}: {name} must have shape {want}, got {list(tensor.shape)}",
+    )
+
+
+def _check_dtype(op: str, name: str, tensor: Tensor, want: torch.dtype) -> None:
+    _check(tensor.dtype == want, f"{op}: {name} must be {_name(want)}, got {_name(tensor.dtype)}")
+
+
+def _packed_shape(bits: int, n: int, k: int) -> list[int]:
+    k_line, lines = (32, 3) if bits == 3 else (32 // bits, 1)
+    k_padded = -(-k // _PAD_K) * _PAD_K
+    return [-(-n // _PANEL), k_padded // k_line, lines, _PANEL, 4]
+
+
+def _groups(op: str, n: int, k: int, group_size: int) -> int:
+    _check(
+        n >= 1 and k >= 1,
+        f"{op}: weight must have at least one row and one column, got n = {n}, k = {k}",
+    )
+    _check(
+        group_size in (16, 32, 64, 128, k),
+        f"{op}: group_size must be 16, 32, 64, 128 or k = {k}, got {group_size}",
+    )
+    return -(-k // group_size)
+
+
+@torch.library.register_fake("openwork::lowbit_linear")
+def _lowbit_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    layout: int,
+    n: int,
+    k: int,
+    group_size: int,
+    compute: int,
+) -> Tensor:
+    op = "lowbit_linear"
+    _check_float(op, "x", x)
+    _check(
+        x.dim() >= 1 and x.shape[-1] == k,
+        f"{op}: x must have last dimension k = {k} (from weight), got {list(x.shape)}",
+    )
+    _check_packed(op, packed, scales, zeros, layout, n, k, group_size)
+    if bias is not None:
+        _check_dtype(op, "bias", bias, x.dtype)
+        _check_shape(op, "bias", bias, [n])
+    if add is not None:
+        _check_dtype(op, "add", add, x.dtype)
+        _check_shape(op, "add", add, [*x.shape[:-1], n])
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _check_packed(
+    op: str,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    layout: int,
+    n: int,
+    k: int,
+    group_size: int,
+) -> None:
+    tags = layouts()
+    _check(
+        0 <= layout < len(tags),
+        f"{op}: layout must be one this build reads, got id {layout}; "
+        "re-pack with openwork.pack_lowbit",
+    )
+    bits = int(tags[layout][1])
+    groups = _groups(op, n, k, group_size)
+    _check_dtype(op, "packed", packed, torch.uint8)
+    _check_shape(op, "packed", packed, _packed_shape(bits, n, k))
+    _check_float(op, "scales", scales)
+    _check_shape(op, "scales", scales, [-(-n // _PANEL), groups, _PANEL])
+    if zeros is not None:
+        _check_dtype(op, "zeros", zeros, torch.uint8)
+        _check_shape(op, "zeros", zeros, [-(-n // _PANEL), groups, _PANEL])
+
+
+@torch.library.register_fake("openwork::quantize_rows")
+def _quantize_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_float("quantize_rows", "x", x)
+    _check(
+        x.dim() >= 1 and x.shape[-1] >= 1,
+        f"quantize_rows: x must have a last dimension of at least 1, got {list(x.shape)}",
+    )
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("openwork::pack_lowbit")
+def _pack_lowbit_fake(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "pack_lowbit"
+    _check(bits in (2, 3, 4, 8), f"{op}: bits must be 2, 3, 4 or 8, got {bits}")
+    _check_dtype(op, "codes", codes, torch.uint8)
+    _check(codes.dim() == 2, f"{op}: codes must be [n, k], got {list(codes.shape)}")
+    n, k = codes.shape
+    groups = _groups(op, n, k, group_size)
+    _check_float(op, "scales", scales)
+    _check_shape(op, "scales", scales, [n, groups])
+    if zeros is not None:
+        _check_dtype(op, "zeros", zeros, torch.uint8)
+        _check_shape(op, "zeros", zeros, [n, groups])
+    panels = -(-n // _PANEL)
+    return (
+        codes.new_empty(_packed_shape(bits, n, k)),
+        scales.new_empty((panels, groups, _PANEL)),
+        codes.new_empty((0 if zeros is None else panels, groups, _PANEL)),
+    )
+
+
+@torch.library.register_fake("openwork::unpack_lowbit")
+def _unpack_lowbit_fake(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    layout: int,
+    n: int,
+    k: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_packed("unpack_lowbit", packed, scales, zeros, layout, n, k, group_size)
+    groups = -(-k // group_size)
+    return (
+        packed.new_empty((n, k)),
+        scales.new_empty((n, groups)),
+        packed.new_empty((0 if zeros is None else n, groups)),
+    )
