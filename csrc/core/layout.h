@@ -6,10 +6,10 @@
 
 // X(name, version, bits)
 #define OW_LAYOUTS(X) \
-  X(w2_n16k16, 1, 2)  \
-  X(w3_n16k32, 1, 3)  \
-  X(w4_n16k8, 1, 4)   \
-  X(w8_n16k4, 1, 8)
+  X(w2_n32k16, 1, 2)  \
+  X(w3_n32k32, 1, 3)  \
+  X(w4_n32k8, 1, 4)   \
+  X(w8_n32k4, 1, 8)
 
 namespace ow {
 
@@ -21,7 +21,7 @@ enum class Layout : int32_t {
 
 struct LayoutInfo {
   Layout id;
-  const char* text;  // "w4_n16k8@1"
+  const char* text;  // "w4_n32k8@1"
   int32_t bits;
 };
 

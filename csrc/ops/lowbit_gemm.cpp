@@ -29,10 +29,9 @@ Geometry check_geometry(const char* op, const LayoutInfo* layout, int64_t n, int
 void check_packed(const char* op, const Geometry& w, const Tensor& packed, const Tensor& scales,
                   const std::optional<Tensor>& zeros) {
   check_dtype(op, "packed", packed, ScalarType::Byte);
-  const int64_t bits = w.layout->bits;
-  const int64_t k_line = bits == 3 ? 32 : 32 / bits;
-  const int64_t lines = bits == 3 ? 3 : 1;
-  check_shape(op, "packed", packed, {w.panels, w.k_padded / k_line, lines, kPanel, 4});
+  const int64_t blocks = w.k_padded / block_k(w.layout->bits);
+  const int64_t lines = block_bytes(w.layout->bits) / 128;
+  check_shape(op, "packed", packed, {w.panels, blocks, 2, lines, kHalf, 4});
   check_contiguous(op, "packed", packed);
   check_float(op, "scales", scales);
   check_shape(op, "scales", scales, {w.panels, w.groups, kPanel});
@@ -121,8 +120,10 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
   }
 
   const int64_t rows = m * digits;
+  const int64_t row_block = lowbit_gemm_row_block(isa, rows);
+  const int64_t code_bytes = round_up(rows, row_block) * w.k_padded;
   const int64_t scale_count = digits == 1 ? m : m * w.groups;
-  Workspace workspace(Workspace::bytes_for(rows * w.k_padded) +
+  Workspace workspace(Workspace::bytes_for(code_bytes) +
                       Workspace::bytes_for(scale_count * 4) +
                       Workspace::bytes_for(rows * w.groups * 4));
   EncodeArgs encode{};
@@ -131,13 +132,16 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
   encode.k_padded = w.k_padded;
   encode.group_size = group_size;
   encode.digits = digits;
+  encode.row_block = row_block;
+  encode.sum_factor = lowbit_sum_factor(w.layout->bits, !zeros.has_value());
   encode.x_type = float_type(x);
   encode.x = x.const_data_ptr();
   encode.stride_x = k;
-  encode.codes = workspace.take<int8_t>(rows * w.k_padded);
+  encode.codes = workspace.take<int8_t>(code_bytes);
   encode.scales = workspace.take<float>(scale_count);
   encode.sums = workspace.take<int32_t>(rows * w.groups);
   encode_rows(encode, isa, parallel);
+  args.row_block = row_block;
   args.x = encode.codes;
   args.x_scales = encode.scales;
   args.x_sums = encode.sums;
@@ -162,6 +166,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_any) {
   encode.m = m;
   encode.k = encode.k_padded = encode.group_size = encode.stride_x = k;
   encode.digits = 1;
+  encode.row_block = 1;
   encode.x_type = float_type(x);
   encode.x = x.const_data_ptr();
   encode.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
@@ -223,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor> pack_lowbit_op(const Tensor& codes_any, const
     zeros = as_contiguous(*zeros_any);
     check_codes(kOp, "zeros", *zeros, bits);
   }
-  const int64_t k_line = bits == 3 ? 32 : 32 / bits;
-  Tensor packed = fast_empty({w.panels, w.k_padded / k_line, bits == 3 ? 3 : 1, kPanel, 4},
+  Tensor packed = fast_empty({w.panels, w.k_padded / block_k(layout->bits), 2,
+                              block_bytes(layout->bits) / 128, kHalf, 4},
                              ScalarType::Byte);
   Tensor packed_scales = fast_empty({w.panels, w.groups, kPanel}, scales.scalar_type());
   Tensor packed_zeros =

@@ -21,13 +21,13 @@ class PackedWeight:
     in memory only; files hold the canonical form (:mod:`openwork.checkpoint`).
 
     Attributes:
-        packed: ``[ceil(n / 16), k_padded / k_line, lines, 16, 4]`` uint8, panels of 16 outputs;
-            ``k_padded`` is k rounded up to 32, ``(k_line, lines)`` is (16, 1), (32, 3), (8, 1),
-            (4, 1) for 2, 3, 4, 8 bits.
-        scales: ``[ceil(n / 16), groups, 16]`` float32, float16 or bfloat16.
-        zeros: ``[ceil(n / 16), groups, 16]`` uint8, or None: symmetric, zero point
+        packed: ``[ceil(n / 32), k_padded / k_block, 2, lines, 16, 4]`` uint8, panels of 32 outputs
+            in two halves; ``k_padded`` is k rounded up to 32, ``(k_block, lines)`` is (16, 1),
+            (32, 3), (16, 2), (16, 4) for 2, 3, 4, 8 bits.
+        scales: ``[ceil(n / 32), groups, 32]`` float32, float16 or bfloat16.
+        zeros: ``[ceil(n / 32), groups, 32]`` uint8, or None: symmetric, zero point
             ``2 ** (bits - 1)``.
-        layout: tag such as ``"w4_n16k8@1"``.
+        layout: tag such as ``"w4_n32k8@1"``.
         n: rows (outputs) of the weight.
         k: columns (inputs) of the weight.
         group_size: consecutive k that share a scale: 16, 32, 64, 128, or k.

@@ -13,9 +13,13 @@ constexpr KernelEntry<LowbitGemmFn> kTable[] = {
 constexpr int64_t kWorkPerTask = 1 << 18;
 
 // Tile kernels take 64 outputs at a time; a split between tiles wastes none of one.
-constexpr int64_t kPanelsPerTile = 4;
+constexpr int64_t kPanelsPerTile = 2;
 
 }  // namespace
+
+int64_t lowbit_gemm_row_block(Isa isa, int64_t rows) {
+  return isa < Isa::avx512 || rows <= kRowsKernelMaxRows ? rows : kTileRowBlock;
+}
 
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m) { return isa >= Isa::avx512bf16 && m >= 12; }
 

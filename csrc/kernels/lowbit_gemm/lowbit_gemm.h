@@ -13,19 +13,22 @@
 //   digits = 0   x stays bf16 and meets c - z, exact in bf16, in a bf16 dot product ("float" mode
 //                for many rows of bf16 on tiers that have the instruction)
 //
-// Layouts. A panel is 16 outputs (rows of w past n are zero); k is padded to a multiple of 32 with
-// zero codes. A line is 64 bytes: 16 outputs x 4 bytes, so that one 32-bit lane belongs to one
-// output. A unit is 16 k. Byte b of lane n holds, low bits first:
+// Layouts. A panel is 32 outputs in two halves (rows of w past n are zero); k is padded to a multiple
+// of 32 with zero codes. A line is 64 bytes: 16 outputs x 4 bytes, so that one 32-bit lane belongs
+// to one output. A unit is 16 k. Byte b of lane n holds, low bits first:
 //
-//   w8_n16k4    k = 4l + b                             4 lines a unit
-//   w4_n16k8    k = 8l + b | k + 4                     2 lines
-//   w2_n16k16   k = 16l + b | k + 4 | k + 8 | k + 12   1 line
-//   w3_n16k32   two w2 lines with the low two bits of k = 0..15 and 16..31, then one line whose
+//   w8_n32k4    k = 4l + b                             4 lines a unit and half
+//   w4_n32k8    k = 8l + b | k + 4                     2 lines
+//   w2_n32k16   k = 16l + b | k + 4 | k + 8 | k + 12   1 line
+//   w3_n32k32   two w2 lines with the low two bits of k = 0..15 and 16..31, then one line whose
 //               bit j is the high bit of k = 4j + b    3 lines every two units
 //
-// The packed tensor is [panels, k_padded / k_line, lines, 16, 4] with (k_line, lines) = (4, 1),
-// (8, 1), (16, 1), (32, 3); scales and zeros are [panels, groups, 16]. All of a panel is
-// consecutive, so a thread streams its share of the weight once, front to back.
+//   one panel:  | k_block 0: half 0 lines, half 1 lines | k_block 1: ... |
+//
+// A k_block is 16 k (32 for 3 bits). The packed tensor is [panels, k_padded / k_block, 2, lines, 16,
+// 4] with lines of one half = 1, 3, 2, 4 for 2, 3, 4, 8 bits; scales and zeros are [panels, groups,
+// 32]. A thread streams its share of the weight once, front to back: one stream of bytes is what
+// the prefetchers follow best, and two halves let each broadcast of x serve two products.
 #pragma once
 
 #include "core/kernel_table.h"
@@ -35,9 +38,15 @@
 
 namespace ow {
 
-constexpr int64_t kPanel = 16;
+constexpr int64_t kPanel = 32;
+constexpr int64_t kHalf = 16;
 constexpr int64_t kUnit = 16;
 constexpr int64_t kPadK = 32;
+
+// Digit rows (m * digits) up to which unpacking in registers beats unpacking to the cache, and the
+// blocks the tile kernels take their rows in.
+constexpr int64_t kRowsKernelMaxRows = 24;
+constexpr int64_t kTileRowBlock = 6;
 
 // The int32 sums hold |code| * |digit| * k < 2^31 up to this k in one group.
 constexpr int64_t kMaxGroup = 65536;
@@ -46,14 +55,15 @@ struct LowbitGemmArgs {
   int64_t m, n, k;
   int64_t k_padded, group_size, groups;
   int32_t bits;
-  int32_t digits;          // 1, 3: x is int8 [m, digits, k_padded]; 0: x is bf16 [m, k_padded]
-  const void* x;           // 64-byte aligned
+  int32_t digits;          // 1, 3: x is int8 digit rows; 0: x is bf16 [m, k_padded]
+  int64_t row_block;       // of the digit rows, see kernels/quantize/quantize.h
+  const void* x;
   const float* x_scales;   // digits 1: [m]; digits 3: [m, groups]; digits 0: null
-  const int32_t* x_sums;   // [m, digits, groups]; digits 0: null
+  const int32_t* x_sums;   // [m, digits, groups] times lowbit_sum_factor; digits 0: null
   const uint8_t* w;        // packed
-  const void* w_scales;    // [panels, groups, 16] of w_scales_type
+  const void* w_scales;    // [panels, groups, 32] of w_scales_type
   FloatType w_scales_type;
-  const uint8_t* w_zeros;  // [panels, groups, 16], or null
+  const uint8_t* w_zeros;  // [panels, groups, 32], or null
   const void* bias;        // [n] of y_type, or null
   const void* add;         // [m, n] of y_type, contiguous, or null
   void* y;                 // [m, n] of y_type, contiguous
@@ -67,18 +77,17 @@ using LowbitGemmFn = void (*)(const LowbitGemmArgs&, int64_t begin, int64_t end)
 constexpr int32_t lowbit_key(Layout layout, bool bf16_x) { return int32_t(layout) * 2 + bf16_x; }
 
 // "rows" kernels unpack in registers and are bound by memory; "tile" kernels unpack 64 outputs to
-// the cache once for many rows. max_m is in activation rows of digits (m * digits): the
-// measured crossing.
+// the cache once for many rows. max_m counts digit rows (m * digits).
 #define OW_LOWBIT_GEMM_EACH_LAYOUT(X, isa, bf16_x, max_m, fn) \
-  X(isa, lowbit_key(Layout::w2_n16k16, bf16_x), max_m, fn)    \
-  X(isa, lowbit_key(Layout::w3_n16k32, bf16_x), max_m, fn)    \
-  X(isa, lowbit_key(Layout::w4_n16k8, bf16_x), max_m, fn)     \
-  X(isa, lowbit_key(Layout::w8_n16k4, bf16_x), max_m, fn)
+  X(isa, lowbit_key(Layout::w2_n32k16, bf16_x), max_m, fn)    \
+  X(isa, lowbit_key(Layout::w3_n32k32, bf16_x), max_m, fn)    \
+  X(isa, lowbit_key(Layout::w4_n32k8, bf16_x), max_m, fn)     \
+  X(isa, lowbit_key(Layout::w8_n32k4, bf16_x), max_m, fn)
 
 #define OW_LOWBIT_GEMM_KERNELS(X)                                                                \
   OW_IF_AVX512BF16(                                                                              \
       OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512bf16, true, kAnyM, lowbit_gemm_tile_64x6_avx512bf16))  \
-  OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, 24, lowbit_gemm_rows_avx512))        \
+  OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, kRowsKernelMaxRows, lowbit_gemm_rows_avx512))        \
   OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, kAnyM, lowbit_gemm_tile_64x6_avx512)) \
   OW_IF_AVX2(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx2, false, kAnyM, lowbit_gemm_rows_avx2))           \
   OW_LOWBIT_GEMM_EACH_LAYOUT(X, scalar, false, kAnyM, lowbit_gemm_rows_scalar)
@@ -87,10 +96,26 @@ constexpr int32_t lowbit_key(Layout layout, bool bf16_x) { return int32_t(layout
 OW_LOWBIT_GEMM_KERNELS(OW_DECLARE)
 #undef OW_DECLARE
 
+// What x_sums are multiplied by. A symmetric weight's accumulators start at -zero * sum and need no
+// correction after; an asymmetric one's end with - zeros[n] * sum.
+OW_INLINE int32_t lowbit_sum_factor(int32_t bits, bool symmetric) {
+  return symmetric ? -(1 << (bits - 1)) : 1;
+}
+
+// The row_block the kernel that would be chosen wants its digit rows in.
+int64_t lowbit_gemm_row_block(Isa isa, int64_t rows);
+
 // Whether `m` rows of bf16 are better left as bf16 (digits = 0) than encoded.
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m);
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel);
+
+// Bytes from one k_block of a panel to the next, and k of one.
+OW_INLINE int64_t block_bytes(int32_t bits) { return 64 * (bits == 3 ? 6 : bits); }
+OW_INLINE int64_t block_k(int32_t bits) { return bits == 3 ? 32 : 16; }
+OW_INLINE int64_t panel_bytes(int32_t bits, int64_t k_padded) {
+  return k_padded / block_k(bits) * block_bytes(bits);
+}
 
 // Packing. codes [n, k] one byte each, scales [n, groups], zeros [n, groups] or null; the packed
 // tensors as above. Padding outputs get scale 0 and zero point 0.
@@ -99,7 +124,6 @@ struct LowbitPackArgs {
   int32_t bits;
   int64_t scale_size;  // bytes of one scale
 };
-int64_t lowbit_panel_bytes(int32_t bits, int64_t k_padded);
 void pack_lowbit(const LowbitPackArgs& args, const uint8_t* codes, const void* scales,
                  const uint8_t* zeros, uint8_t* packed, void* packed_scales, uint8_t* packed_zeros,
                  const Parallel& parallel);

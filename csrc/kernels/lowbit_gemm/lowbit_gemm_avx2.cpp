@@ -20,21 +20,21 @@ OW_INLINE __m256i load_half(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-// Sub j of a unit for eight outputs, `line0` being this half's place in the panel's first line.
+// Sub j of a unit for eight outputs, `line0` being their place in a first line of the panel.
 template <int kBits>
 OW_INLINE void unpack_unit(const uint8_t* line0, int64_t unit, __m256i s[4]) {
   if constexpr (kBits == 8) {
-    for (int j = 0; j < 4; ++j) s[j] = load_half(line0 + unit * 256 + j * 64);
+    for (int j = 0; j < 4; ++j) s[j] = load_half(line0 + unit * 512 + j * 64);
   } else if constexpr (kBits == 4) {
     const __m256i mask = _mm256_set1_epi8(15);
     for (int l = 0; l < 2; ++l) {
-      const __m256i line = load_half(line0 + unit * 128 + l * 64);
+      const __m256i line = load_half(line0 + unit * 256 + l * 64);
       s[2 * l] = _mm256_and_si256(line, mask);
       s[2 * l + 1] = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
     }
   } else {
     const __m256i mask = _mm256_set1_epi8(3);
-    const uint8_t* block = line0 + (kBits == 2 ? unit * 64 : unit / 2 * 192);
+    const uint8_t* block = line0 + (kBits == 2 ? unit * 128 : unit / 2 * 384);
     const __m256i low = load_half(block + (kBits == 2 ? 0 : unit % 2 * 64));
     s[0] = _mm256_and_si256(low, mask);
     s[1] = _mm256_and_si256(_mm256_srli_epi16(low, 2), mask);
@@ -84,11 +84,12 @@ OW_INLINE VecF load_scales(const LowbitGemmArgs& a, int64_t at) {
   }
 }
 
-OW_INLINE __m256i load_zeros(const LowbitGemmArgs& a, int64_t at) {
-  if (a.w_zeros == nullptr) return _mm256_set1_epi32(1 << (a.bits - 1));
+// What a digit sum is multiplied by: see lowbit_sum_factor.
+OW_INLINE __m256i load_minus_zeros(const LowbitGemmArgs& a, int64_t at) {
+  if (a.w_zeros == nullptr) return _mm256_set1_epi32(1);
   int64_t bytes;
   memcpy(&bytes, a.w_zeros + at, 8);
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+  return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)));
 }
 
 template <class T>
@@ -110,12 +111,15 @@ OW_INLINE void finish(const LowbitGemmArgs& a, int64_t row, int64_t n, VecF valu
   }
 }
 
-// One panel for kRows rows of x; both halves of a line are used while it is in L1.
+// Half a panel (16 outputs, two vectors) for kRows rows of x.
 template <int kBits, int kDigits, int kRows>
-void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
+void rows_half(const LowbitGemmArgs& a, int64_t panel, int64_t half, int64_t row) {
   constexpr int kR = kRows * kDigits;
-  const uint8_t* w = a.w + panel * a.k_padded * kPanel * a.bits / 8;
-  const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * a.k_padded;
+  const uint8_t* w = a.w + panel * panel_bytes(a.bits, a.k_padded) +
+                     half * (block_bytes(a.bits) / 2);
+  // All digit rows are one block: those of a unit lie together.
+  const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * kUnit;
+  const int64_t unit_stride = a.row_block * kUnit;
   VecF totals[kRows][2];
   for (auto& total : totals) total[0] = total[1] = set1(0.0f);
   for (int64_t g = 0; g < a.groups; ++g) {
@@ -123,52 +127,54 @@ void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
     for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_si256();
     const int64_t end = div_up(min_of((g + 1) * a.group_size, a.k), kUnit);
     for (int64_t unit = g * a.group_size / kUnit; unit < end; ++unit) {
-      for (int half = 0; half < 2; ++half) {
+      for (int v = 0; v < 2; ++v) {
         __m256i s[4];
-        unpack_unit<kBits>(w + half * 32, unit, s);
+        unpack_unit<kBits>(w + v * 32, unit, s);
 #pragma GCC unroll 4
         for (int r = 0; r < kR; ++r) {
-          acc[r][half] =
-              multiply_unit<kBits>(acc[r][half], s, x + r * a.k_padded + unit * kUnit);
+          acc[r][v] =
+              multiply_unit<kBits>(acc[r][v], s, x + unit * unit_stride + r * kUnit);
         }
       }
     }
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = (panel * a.groups + g) * kPanel + half * 8;
+    for (int v = 0; v < 2; ++v) {
+      const int64_t at = (panel * a.groups + g) * kPanel + half * kHalf + v * 8;
       const VecF scale = load_scales(a, at);
-      const __m256i zero = load_zeros(a, at);
+      const __m256i minus_zero = load_minus_zeros(a, at);
       for (int r = 0; r < kRows; ++r) {
         VecF digit[kDigits];
         for (int d = 0; d < kDigits; ++d) {
           const int32_t sum = a.x_sums[((row + r) * kDigits + d) * a.groups + g];
-          const __m256i correction = _mm256_mullo_epi32(zero, _mm256_set1_epi32(sum));
-          digit[d] = to_float(VecI{_mm256_sub_epi32(acc[r * kDigits + d][half], correction)});
+          const __m256i correction = _mm256_mullo_epi32(minus_zero, _mm256_set1_epi32(sum));
+          digit[d] = to_float(VecI{_mm256_add_epi32(acc[r * kDigits + d][v], correction)});
         }
         VecF sum = digit[0];
         if constexpr (kDigits == 3) {
           sum = fma(sum, set1(65536.0f), fma(digit[1], set1(256.0f), digit[2]));
           sum = mul(sum, set1(a.x_scales[(row + r) * a.groups + g]));
         }
-        totals[r][half] = fma(sum, scale, totals[r][half]);
+        totals[r][v] = fma(sum, scale, totals[r][v]);
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int half = 0; half < 2; ++half) {
-      finish(a, row + r, panel * kPanel + half * 8, totals[r][half]);
+    for (int v = 0; v < 2; ++v) {
+      finish(a, row + r, panel * kPanel + half * kHalf + v * 8, totals[r][v]);
     }
   }
 }
 
-// 16 registers: 4 rows x 2 halves of accumulators beside the unpacked unit. Three digits of one
+// 16 registers: 4 rows x 2 vectors of accumulators beside the unpacked unit. Three digits of one
 // row use six of the eight.
 template <int kBits, int kDigits>
 void rows_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = kDigits == 1 ? 4 : 1;
-  for (int64_t panel = begin; panel < end; ++panel) {
+  for (int64_t h = 2 * begin; h < 2 * end; ++h) {
     int64_t row = 0;
-    for (; row + kBlock <= a.m; row += kBlock) rows_panel<kBits, kDigits, kBlock>(a, panel, row);
-    for (; row < a.m; ++row) rows_panel<kBits, kDigits, 1>(a, panel, row);
+    for (; row + kBlock <= a.m; row += kBlock) {
+      rows_half<kBits, kDigits, kBlock>(a, h / 2, h % 2, row);
+    }
+    for (; row < a.m; ++row) rows_half<kBits, kDigits, 1>(a, h / 2, h % 2, row);
   }
 }
 

@@ -5,76 +5,127 @@ namespace ow {
 namespace avx512 {
 namespace {
 
+// The two instructions of the inner loops, written out. gcc 12 copies the accumulator round each
+// vpdpbusd intrinsic, and hoists broadcasts until the accumulators no longer fit the 32 registers;
+// volatile keeps the order below, in which one broadcast lives at a time. Together 2.3x in the tile
+// kernel.
 OW_INLINE __m512i broadcast4(const int8_t* p) {
-  int32_t word;
-  memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
+  __m512i word;
+  asm volatile("vpbroadcastd %1, %0" : "=v"(word) : "m"(*reinterpret_cast<const int8_t(*)[4]>(p)));
+  return word;
+}
+// acc += four products a lane.
+OW_INLINE void dot4(__m512i& acc, __m512i codes, __m512i digits) {
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(digits));
 }
 
-// --- rows: one panel at a time, codes unpacked in registers, few rows of x ----------------------
+// The sum of one row's group from its accumulators: an int32, or three base-256 digits.
+template <int kDigits>
+OW_INLINE VecF group_sum(const __m512i* digits, int64_t stride, float scale) {
+  VecF sum = to_float(VecI{digits[0]});
+  if constexpr (kDigits == 3) {
+    const VecF middle = to_float(VecI{digits[stride]});
+    const VecF low = to_float(VecI{digits[2 * stride]});
+    sum = fma(sum, set1(65536.0f), fma(middle, set1(256.0f), low));
+    sum = mul(sum, set1(scale));
+  }
+  return sum;
+}
+
+// --- rows: codes unpacked in registers, few rows of x --------------------------------------------
 //
-// One stream of weight bytes a thread. A unit costs 1 to 4 loads and at most 14 instructions to
-// unpack, then 4 products for each row of digits. With one or two rows the products of a unit go to
-// separate accumulators: one chain would wait 4 cycles for each vpdpbusd, longer than the
-// bytes take to arrive.
+// One stream of weight bytes a thread, both halves of a panel at a time: each product needs a
+// broadcast of x from memory, and loads, not products, would bind a single half. Up to 12 digit rows
+// x 2 halves of accumulators; few rows get several accumulators each, since it takes 8 chains to
+// keep two vpdpbusd a cycle of 4 cycles' latency going.
 template <int kBits, int kDigits, int kRows>
 void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
   constexpr int kR = kRows * kDigits;
-  constexpr int kChains = kR == 1 ? 4 : kR <= 4 ? 2 : 1;
-  const uint8_t* w = a.w + panel * panel_bytes(a);
-  const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * a.k_padded;
-  alignas(64) float totals[kRows][kPanel] = {};
+  constexpr int kChains = kR == 1 ? 4 : kR <= 3 ? 2 : 1;
+  const bool symmetric = a.w_zeros == nullptr;
+  // All digit rows are one block: those of a unit lie together.
+  const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * kUnit;
+  const int64_t unit_stride = a.row_block * kUnit;
+  alignas(64) float totals[kRows][2][kHalf] = {};
   for (int64_t g = 0; g < a.groups; ++g) {
-    __m512i acc[kR][kChains];
+    const int32_t* x_sums = a.x_sums + row * kDigits * a.groups + g;
+    __m512i acc[kChains][kR][2];
+#pragma GCC unroll 12
     for (int r = 0; r < kR; ++r) {
-      for (int c = 0; c < kChains; ++c) acc[r][c] = _mm512_setzero_si512();
+      const __m512i start = _mm512_set1_epi32(symmetric ? x_sums[r * a.groups] : 0);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        acc[0][r][h] = start;
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; ++c) acc[c][r][h] = _mm512_setzero_si512();
+      }
     }
     const int64_t end = group_unit_end(a, g);
     for (int64_t unit = group_unit_begin(a, g); unit < end; ++unit) {
-      __m512i s[4];
-      unpack_unit<kBits>(w, unit, s);
+      __m512i s[2][4];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) unpack_unit<kBits>(half_of(a, panel, h), unit, s[h]);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 16
+#pragma GCC unroll 12
         for (int r = 0; r < kR; ++r) {
-          acc[r][j % kChains] = _mm512_dpbusd_epi32(
-              acc[r][j % kChains], s[j], broadcast4(x + r * a.k_padded + unit * kUnit + j * 4));
+          const __m512i xr = broadcast4(x + unit * unit_stride + r * kUnit + j * 4);
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) dot4(acc[j % kChains][r][h], s[h][j], xr);
         }
       }
     }
-    __m512i sums[kR];
-    for (int r = 0; r < kR; ++r) {
-      sums[r] = acc[r][0];
-      for (int c = 1; c < kChains; ++c) sums[r] = _mm512_add_epi32(sums[r], acc[r][c]);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = group_at(a, panel, h, g);
+      const VecF scale = load_scales(a, at);
+      const __m512i zeros = symmetric ? _mm512_setzero_si512() : load_zeros(a, at);
+      __m512i sums[kR];
+#pragma GCC unroll 12
+      for (int r = 0; r < kR; ++r) {
+        sums[r] = acc[0][r][h];
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; ++c) sums[r] = _mm512_add_epi32(sums[r], acc[c][r][h]);
+        if (!symmetric) {
+          const __m512i sum = _mm512_set1_epi32(x_sums[r * a.groups]);
+          sums[r] = _mm512_sub_epi32(sums[r], _mm512_mullo_epi32(zeros, sum));
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const float x_scale = kDigits == 3 ? a.x_scales[(row + r) * a.groups + g] : 1.0f;
+        const VecF sum = group_sum<kDigits>(sums + r * kDigits, 1, x_scale);
+        store(totals[r][h], fma(sum, scale, load(totals[r][h])));
+      }
     }
-    add_group<kDigits, kRows>(a, panel, g, row, sums, 1, totals[0], kPanel);
   }
-  for (int r = 0; r < kRows; ++r) finish(a, row + r, panel, totals[r]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int h = 0; h < 2; ++h) finish(a, row + r, panel * kPanel + h * kHalf, totals[r][h]);
+  }
 }
 
 template <int kBits, int kDigits>
-void rows_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
-  // Accumulators that fit beside the unpacked unit: 8 rows of int8, or 4 of three digits.
+void rows_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kMaxRows = kDigits == 1 ? 8 : 4;
   const int64_t passes = div_up(a.m, kMaxRows);
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t pass = 0; pass < passes; ++pass) {
       // Passes of equal size: 9 rows cost 5 + 4, not 8 + 1. Later passes find the panel in L2.
       const int64_t row = a.m * pass / passes;
-      switch (a.m * (pass + 1) / passes - row) {
+      const int64_t rows = a.m * (pass + 1) / passes - row;
+      switch (rows) {
         case 1: rows_panel<kBits, kDigits, 1>(a, panel, row); break;
         case 2: rows_panel<kBits, kDigits, 2>(a, panel, row); break;
         case 3: rows_panel<kBits, kDigits, 3>(a, panel, row); break;
         case 4: rows_panel<kBits, kDigits, 4>(a, panel, row); break;
-        default:
-          if constexpr (kDigits == 1) {
-            switch (a.m * (pass + 1) / passes - row) {
-              case 5: rows_panel<kBits, kDigits, 5>(a, panel, row); break;
-              case 6: rows_panel<kBits, kDigits, 6>(a, panel, row); break;
-              case 7: rows_panel<kBits, kDigits, 7>(a, panel, row); break;
-              default: rows_panel<kBits, kDigits, 8>(a, panel, row); break;
-            }
-          }
+      }
+      if constexpr (kDigits == 1) {
+        switch (rows) {
+          case 5: rows_panel<kBits, kDigits, 5>(a, panel, row); break;
+          case 6: rows_panel<kBits, kDigits, 6>(a, panel, row); break;
+          case 7: rows_panel<kBits, kDigits, 7>(a, panel, row); break;
+          case 8: rows_panel<kBits, kDigits, 8>(a, panel, row); break;
+        }
       }
     }
   }
@@ -85,8 +136,9 @@ void rows_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
 // The microkernel keeps 6 rows x 4 vectors = 24 accumulators; each step of 4 k loads 4 vectors of
 // codes and 6 broadcasts for 24 products, so neither loads nor latency (4 cycles x 2 a cycle = 8
 // chains) bind.
-constexpr int64_t kTilePanels = 4;
-constexpr int64_t kTileRows = 6;
+constexpr int64_t kTilePanels = 2;
+constexpr int64_t kTileHalves = 2 * kTilePanels;
+constexpr int64_t kTileRows = kTileRowBlock;
 // k of one tile: 64 outputs x 256 = 16 KiB, half of L1. A multiple of every group size but "row".
 constexpr int64_t kTileUnits = 16;
 // Digit rows of x per pass over the weight: x (192 x k) stays in L2 while each tile is unpacked
@@ -94,107 +146,169 @@ constexpr int64_t kTileUnits = 16;
 constexpr int64_t kPassRows = 192;
 
 struct Tile {
-  alignas(64) uint8_t codes[kTileUnits * 4][kTilePanels][64];
+  alignas(64) uint8_t codes[kTileUnits * 4][kTileHalves][64];
+  // Of the group the tile lies in; zero past the last panel.
+  alignas(64) float scales[kTileHalves][kHalf];
+  alignas(64) int32_t zeros[kTileHalves][kHalf];
+};
+
+using Totals = float[kTileHalves][kHalf];
+// int32 sums so far of a group that is longer than a tile.
+using Partial = int32_t[kTileHalves][kHalf];
+
+// One block of rows of x against a tile.
+struct BlockArgs {
+  const Tile* tile;
+  int64_t units;
+  const int8_t* x;        // digit rows of the block, from the tile's first unit on
+  const int32_t* x_sums;  // of the block's first digit row and the tile's group
+  const float* x_scales;  // digits 3: of the block's first row and the tile's group
+  int64_t groups;         // stride of both
+  Partial* partial;
+  Totals* totals;
 };
 
 template <int kBits>
-void unpack_tile(const LowbitGemmArgs& a, int64_t panel, int64_t panels, int64_t unit_begin,
-                 int64_t unit_end, Tile& tile) {
-  for (int64_t p = 0; p < panels; ++p) {
-    const uint8_t* w = a.w + (panel + p) * panel_bytes(a);
+void unpack_tile(const LowbitGemmArgs& a, int64_t panel, int64_t halves, int64_t g,
+                 int64_t unit_begin, int64_t unit_end, Tile& tile) {
+  for (int64_t h = 0; h < halves; ++h) {
+    const uint8_t* half = half_of(a, panel, h);
     for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
       __m512i s[4];
-      unpack_unit<kBits>(w, unit, s);
+      unpack_unit<kBits>(half, unit, s);
       for (int j = 0; j < 4; ++j) {
-        _mm512_store_si512(tile.codes[(unit - unit_begin) * 4 + j][p], s[j]);
+        _mm512_store_si512(tile.codes[(unit - unit_begin) * 4 + j][h], s[j]);
+      }
+    }
+    const int64_t at = group_at(a, panel, h, g);
+    store(tile.scales[h], load_scales(a, at));
+    if (a.w_zeros != nullptr) _mm512_store_si512(tile.zeros[h], load_zeros(a, at));
+  }
+}
+
+// partial or totals += tile * x. Its own function, with every choice a template argument: inlined,
+// gcc 12 keeps half of the accumulators on the stack.
+template <int kDigits, int kRows, bool kSymmetric, bool kFirst, bool kLast>
+__attribute__((noinline)) void multiply_block(const BlockArgs& b) {
+  constexpr int kR = kRows * kDigits;
+  __m512i acc[kR][kTileHalves];
+#pragma GCC unroll 6
+  for (int r = 0; r < kR; ++r) {
+    const __m512i start = _mm512_set1_epi32(kSymmetric ? b.x_sums[r * b.groups] : 0);
+#pragma GCC unroll 4
+    for (int h = 0; h < kTileHalves; ++h) {
+      acc[r][h] = kFirst ? start : _mm512_load_si512(b.partial[r][h]);
+    }
+  }
+  const int8_t* x = b.x;
+  const uint8_t(*codes)[kTileHalves][64] = b.tile->codes;
+  for (int64_t unit = 0; unit < b.units; ++unit, x += kTileRows * kUnit, codes += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      __m512i w[kTileHalves];
+#pragma GCC unroll 4
+      for (int h = 0; h < kTileHalves; ++h) w[h] = _mm512_load_si512(codes[j][h]);
+#pragma GCC unroll 6
+      for (int r = 0; r < kR; ++r) {
+        const __m512i xr = broadcast4(x + r * kUnit + j * 4);
+#pragma GCC unroll 4
+        for (int h = 0; h < kTileHalves; ++h) dot4(acc[r][h], w[h], xr);
       }
     }
   }
-}
-
-using Accumulators = int32_t[kTilePanels][kPanel];
-
-// acc (+)= tile * x for kR digit rows. `partial` carries the sums of a group longer than a tile.
-template <int kR>
-OW_INLINE void multiply_tile(const Tile& tile, int64_t steps, const int8_t* x, int64_t stride_x,
-                             bool first, Accumulators* partial) {
-  __m512i acc[kR][kTilePanels];
-  for (int r = 0; r < kR; ++r) {
-    for (int p = 0; p < kTilePanels; ++p) {
-      acc[r][p] = first ? _mm512_setzero_si512() : _mm512_load_si512(partial[r][p]);
-    }
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    __m512i w[kTilePanels];
-#pragma GCC unroll 4
-    for (int p = 0; p < kTilePanels; ++p) w[p] = _mm512_load_si512(tile.codes[step][p]);
+  if constexpr (!kLast) {
 #pragma GCC unroll 6
     for (int r = 0; r < kR; ++r) {
-      const __m512i xr = broadcast4(x + r * stride_x + step * 4);
 #pragma GCC unroll 4
-      for (int p = 0; p < kTilePanels; ++p) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], w[p], xr);
+      for (int h = 0; h < kTileHalves; ++h) _mm512_store_si512(b.partial[r][h], acc[r][h]);
+    }
+    return;
+  }
+  if constexpr (!kSymmetric) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kR; ++r) {
+      const __m512i sum = _mm512_set1_epi32(b.x_sums[r * b.groups]);
+#pragma GCC unroll 4
+      for (int h = 0; h < kTileHalves; ++h) {
+        const __m512i zeros = _mm512_load_si512(b.tile->zeros[h]);
+        acc[r][h] = _mm512_sub_epi32(acc[r][h], _mm512_mullo_epi32(zeros, sum));
+      }
     }
   }
-  for (int r = 0; r < kR; ++r) {
-    for (int p = 0; p < kTilePanels; ++p) _mm512_store_si512(partial[r][p], acc[r][p]);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    const float x_scale = kDigits == 3 ? b.x_scales[r * b.groups] : 1.0f;
+#pragma GCC unroll 4
+    for (int h = 0; h < kTileHalves; ++h) {
+      const VecF sum = group_sum<kDigits>(&acc[r * kDigits][h], kTileHalves, x_scale);
+      float* total = b.totals[r][h];
+      store(total, fma(sum, load(b.tile->scales[h]), load(total)));
+    }
   }
 }
 
-template <int kDigits>
-struct Pass {
-  static constexpr int64_t kRows = kPassRows / kDigits;
-  alignas(64) float totals[kRows][kTilePanels][kPanel];
-  alignas(64) Accumulators sums[kPassRows];
+template <int kDigits, int kRows>
+OW_INLINE void multiply_block_of(bool symmetric, bool first, bool last, const BlockArgs& b) {
+  switch (symmetric * 4 + first * 2 + last) {
+    case 0: return multiply_block<kDigits, kRows, false, false, false>(b);
+    case 1: return multiply_block<kDigits, kRows, false, false, true>(b);
+    case 2: return multiply_block<kDigits, kRows, false, true, false>(b);
+    case 3: return multiply_block<kDigits, kRows, false, true, true>(b);
+    case 4: return multiply_block<kDigits, kRows, true, false, false>(b);
+    case 5: return multiply_block<kDigits, kRows, true, false, true>(b);
+    case 6: return multiply_block<kDigits, kRows, true, true, false>(b);
+    default: return multiply_block<kDigits, kRows, true, true, true>(b);
+  }
+}
+
+template <int kN>
+struct Rows {
+  static constexpr int kRows = kN;
 };
 
-// One block of kRows rows of x against the tile; at the end of a group, into the totals.
-template <int kDigits, int kRows>
-OW_INLINE void tile_rows(const LowbitGemmArgs& a, const Tile& tile, int64_t panel, int64_t panels,
-                         int64_t g, int64_t unit, int64_t units, int64_t row, int64_t pass_row,
-                         bool first, bool last, Pass<kDigits>& pass) {
-  const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * a.k_padded + unit * kUnit;
-  Accumulators* sums = pass.sums + pass_row * kDigits;
-  multiply_tile<kRows * kDigits>(tile, units * 4, x, a.k_padded, first, sums);
-  if (!last) return;
-  for (int64_t p = 0; p < panels; ++p) {
-    add_group<kDigits, kRows>(a, panel + p, g, row,
-                              reinterpret_cast<const __m512i*>(sums[0][p]), kTilePanels,
-                              pass.totals[pass_row][p], kTilePanels * kPanel);
-  }
-}
-
 template <int kBits, int kDigits>
-void tile_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
+void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = kTileRows / kDigits;
-  Tile tile = {};  // panels past the end of a short tile are multiplied too, and dropped
-  Pass<kDigits> pass;
-  for (int64_t row_begin = 0; row_begin < a.m; row_begin += pass.kRows) {
-    const int64_t rows = min_of(pass.kRows, a.m - row_begin);
+  constexpr int64_t kMaxRows = kPassRows / kDigits;
+  Tile tile = {};  // halves past the last panel are multiplied too, and dropped
+  alignas(64) Totals totals[kMaxRows];
+  alignas(64) Partial partial[kPassRows];
+  const bool symmetric = a.w_zeros == nullptr;
+  for (int64_t row_begin = 0; row_begin < a.m; row_begin += kMaxRows) {
+    const int64_t rows = min_of(kMaxRows, a.m - row_begin);
     for (int64_t panel = begin; panel < end; panel += kTilePanels) {
-      const int64_t panels = min_of(kTilePanels, end - panel);
-      memset(pass.totals, 0, size_t(rows) * sizeof(pass.totals[0]));
+      const int64_t halves = 2 * min_of(kTilePanels, end - panel);
+      memset(totals, 0, size_t(rows) * sizeof(Totals));
       for (int64_t g = 0; g < a.groups; ++g) {
         const int64_t group_begin = group_unit_begin(a, g);
         const int64_t group_end = group_unit_end(a, g);
         for (int64_t unit = group_begin; unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
-          const bool first = unit == group_begin;
-          const bool last = unit + units == group_end;
-          unpack_tile<kBits>(a, panel, panels, unit, unit + units, tile);
+          unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
+          const auto multiply = [&](int64_t r, auto block) __attribute__((always_inline)) {
+            const int64_t row = row_begin + r;
+            const int64_t digit_row = row * kDigits;
+            const BlockArgs args{&tile,
+                                 units,
+                                 static_cast<const int8_t*>(a.x) +
+                                     digit_row / kTileRows * kTileRows * a.k_padded +
+                                     unit * kUnit * kTileRows + digit_row % kTileRows * kUnit,
+                                 a.x_sums + digit_row * a.groups + g,
+                                 a.x_scales + (kDigits == 3 ? row * a.groups + g : 0),
+                                 a.groups,
+                                 partial + r * kDigits,
+                                 totals + r};
+            multiply_block_of<kDigits, decltype(block)::kRows>(
+                symmetric, unit == group_begin, unit + units == group_end, args);
+          };
           int64_t r = 0;
-          for (; r + kBlock <= rows; r += kBlock) {
-            tile_rows<kDigits, kBlock>(a, tile, panel, panels, g, unit, units, row_begin + r, r,
-                                       first, last, pass);
-          }
-          for (; r < rows; ++r) {
-            tile_rows<kDigits, 1>(a, tile, panel, panels, g, unit, units, row_begin + r, r, first,
-                                  last, pass);
-          }
+          for (; r + kBlock <= rows; r += kBlock) multiply(r, Rows<kBlock>{});
+          for (; r < rows; ++r) multiply(r, Rows<1>{});
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t p = 0; p < panels; ++p) {
-          finish(a, row_begin + r, panel + p, pass.totals[r][p]);
+        for (int64_t h = 0; h < halves; ++h) {
+          finish(a, row_begin + r, panel * kPanel + h * kHalf, totals[r][h]);
         }
       }
     }
@@ -217,11 +331,11 @@ void tile_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   }
 
 void lowbit_gemm_rows_avx512(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
-  OW_BY_BITS_AND_DIGITS(rows_panels)
+  OW_BY_BITS_AND_DIGITS(rows_range)
 }
 
 void lowbit_gemm_tile_64x6_avx512(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
-  OW_BY_BITS_AND_DIGITS(tile_panels)
+  OW_BY_BITS_AND_DIGITS(tile_range)
 }
 
 }  // namespace ow

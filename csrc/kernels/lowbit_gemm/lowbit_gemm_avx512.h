@@ -11,32 +11,31 @@ namespace {
 
 OW_INLINE __m512i load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
-// The codes of unit `unit` of a panel as bytes: s[j] holds k = 16 unit + 4 j + b in byte b of each
-// lane, the operand order of vpdpbusd.
+// The codes of unit `unit` of half a panel (`half` points at its first line) as bytes: s[j] holds
+// k = 16 unit + 4 j + b in byte b of each lane, the operand order of vpdpbusd.
 template <int kBits>
-OW_INLINE void unpack_unit(const uint8_t* panel, int64_t unit, __m512i s[4]) {
+OW_INLINE void unpack_unit(const uint8_t* half, int64_t unit, __m512i s[4]) {
   if constexpr (kBits == 8) {
-    for (int j = 0; j < 4; ++j) s[j] = load_line(panel + unit * 256 + j * 64);
+    for (int j = 0; j < 4; ++j) s[j] = load_line(half + unit * 512 + j * 64);
   } else if constexpr (kBits == 4) {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int l = 0; l < 2; ++l) {
-      const __m512i line = load_line(panel + unit * 128 + l * 64);
+      const __m512i line = load_line(half + unit * 256 + l * 64);
       s[2 * l] = _mm512_and_si512(line, mask);
       s[2 * l + 1] = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
     }
   } else if constexpr (kBits == 2) {
     const __m512i mask = _mm512_set1_epi8(3);
-    const __m512i line = load_line(panel + unit * 64);
+    const __m512i line = load_line(half + unit * 128);
     s[0] = _mm512_and_si512(line, mask);
     s[1] = _mm512_and_si512(_mm512_srli_epi16(line, 2), mask);
     s[2] = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
     s[3] = _mm512_and_si512(_mm512_srli_epi16(line, 6), mask);
   } else {
-    const uint8_t* block = panel + unit / 2 * 192;
+    const uint8_t* block = half + unit / 2 * 384;
     const __m512i low = load_line(block + unit % 2 * 64);
     // After this shift the high bit of sub j is bit j for both units of the block.
-    const __m512i high =
-        _mm512_srl_epi16(load_line(block + 128), _mm_cvtsi64_si128(unit % 2 * 4));
+    const __m512i high = _mm512_srl_epi16(load_line(block + 128), _mm_cvtsi64_si128(unit % 2 * 4));
     const __m512i low_mask = _mm512_set1_epi8(3);
     const __m512i mask = _mm512_set1_epi8(7);
     // (low & 3) | (high & ~3), then & 7: one ternary-logic instruction joins the planes.
@@ -50,7 +49,15 @@ OW_INLINE void unpack_unit(const uint8_t* panel, int64_t unit, __m512i s[4]) {
   }
 }
 
-OW_INLINE int64_t panel_bytes(const LowbitGemmArgs& a) { return a.k_padded * kPanel * a.bits / 8; }
+// The first line of half h of a panel; h counts on through the panels.
+OW_INLINE const uint8_t* half_of(const LowbitGemmArgs& a, int64_t panel, int64_t h) {
+  return a.w + (panel + h / 2) * panel_bytes(a.bits, a.k_padded) +
+         h % 2 * (block_bytes(a.bits) / 2);
+}
+// Where the 16 scales or zeros of half h and group g are.
+OW_INLINE int64_t group_at(const LowbitGemmArgs& a, int64_t panel, int64_t h, int64_t g) {
+  return ((panel + h / 2) * a.groups + g) * kPanel + h % 2 * kHalf;
+}
 
 // Units of a group; the last unit of a row may be padding past k.
 OW_INLINE int64_t group_unit_begin(const LowbitGemmArgs& a, int64_t g) {
@@ -60,65 +67,36 @@ OW_INLINE int64_t group_unit_end(const LowbitGemmArgs& a, int64_t g) {
   return div_up(min_of((g + 1) * a.group_size, a.k), kUnit);
 }
 
-OW_INLINE VecF load_scales(const LowbitGemmArgs& a, int64_t panel, int64_t g) {
-  const int64_t at = (panel * a.groups + g) * kPanel;
+OW_INLINE VecF load_scales(const LowbitGemmArgs& a, int64_t at) {
   switch (a.w_scales_type) {
     case FloatType::f32: return load(static_cast<const float*>(a.w_scales) + at);
     case FloatType::bf16: return load(static_cast<const bf16*>(a.w_scales) + at);
     default: return load(static_cast<const f16*>(a.w_scales) + at);
   }
 }
-OW_INLINE __m512i load_zeros(const LowbitGemmArgs& a, int64_t panel, int64_t g) {
-  if (a.w_zeros == nullptr) return _mm512_set1_epi32(1 << (a.bits - 1));
-  const uint8_t* p = a.w_zeros + (panel * a.groups + g) * kPanel;
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-// Adds one group's integer sums to the fp32 totals of kRows rows of x and one panel:
-// totals[r] += scale_w * (scale_x * (acc - zero * sum_x)). acc[r * kDigits + d], stride in vectors.
-template <int kDigits, int kRows>
-OW_INLINE void add_group(const LowbitGemmArgs& a, int64_t panel, int64_t g, int64_t row,
-                         const __m512i* acc, int64_t acc_stride, float* totals,
-                         int64_t totals_stride) {
-  const VecF scale = load_scales(a, panel, g);
-  const __m512i zero = load_zeros(a, panel, g);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const int32_t* sums = a.x_sums + (row + r) * kDigits * a.groups + g;
-    VecF digit[kDigits];
-#pragma GCC unroll 3
-    for (int d = 0; d < kDigits; ++d) {
-      const __m512i correction = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[d * a.groups]));
-      digit[d] =
-          to_float(VecI{_mm512_sub_epi32(acc[(r * kDigits + d) * acc_stride], correction)});
-    }
-    VecF sum = digit[0];
-    if constexpr (kDigits == 3) {
-      sum = fma(sum, set1(65536.0f), fma(digit[1], set1(256.0f), digit[2]));
-      sum = mul(sum, set1(a.x_scales[(row + r) * a.groups + g]));
-    }
-    float* total = totals + r * totals_stride;
-    store(total, fma(sum, scale, load(total)));
-  }
+OW_INLINE __m512i load_zeros(const LowbitGemmArgs& a, int64_t at) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(a.w_zeros + at);
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(p));
 }
 
 template <class T>
 OW_INLINE void finish_row(const LowbitGemmArgs& a, int64_t row, int64_t n, VecF value) {
-  const int64_t lanes = min_of(kPanel, a.n - n);
+  const int64_t lanes = min_of(kHalf, a.n - n);
+  if (lanes <= 0) return;  // the second half of the last panel may be all padding
   if (a.bias != nullptr) value = add(value, load_n(static_cast<const T*>(a.bias) + n, lanes));
   const int64_t at = row * a.n + n;
   if (a.add != nullptr) value = add(value, load_n(static_cast<const T*>(a.add) + at, lanes));
   store_n(static_cast<T*>(a.y) + at, value, lanes);
 }
 
-// y of one row and panel from its total.
-OW_INLINE void finish(const LowbitGemmArgs& a, int64_t row, int64_t panel, const float* total) {
+// y of one row and outputs n .. n + 15 from their totals.
+OW_INLINE void finish(const LowbitGemmArgs& a, int64_t row, int64_t n, const float* total) {
   VecF value = load(total);
   if (a.digits == 1) value = mul(value, set1(a.x_scales[row]));
   switch (a.y_type) {
-    case FloatType::f32: return finish_row<float>(a, row, panel * kPanel, value);
-    case FloatType::bf16: return finish_row<bf16>(a, row, panel * kPanel, value);
-    case FloatType::f16: return finish_row<f16>(a, row, panel * kPanel, value);
+    case FloatType::f32: return finish_row<float>(a, row, n, value);
+    case FloatType::bf16: return finish_row<bf16>(a, row, n, value);
+    case FloatType::f16: return finish_row<f16>(a, row, n, value);
   }
 }
 

@@ -6,14 +6,15 @@ namespace ow {
 namespace avx512bf16 {
 namespace {
 
-constexpr int64_t kTilePanels = 4;
+constexpr int64_t kTilePanels = 2;
+constexpr int64_t kTileHalves = 2 * kTilePanels;
 constexpr int64_t kTileRows = 6;
 // 64 outputs x 128 k x 2 bytes = 16 KiB, half of L1.
 constexpr int64_t kTileUnits = 8;
 constexpr int64_t kPassRows = 96;
 
 struct Tile {
-  alignas(64) uint16_t weights[kTileUnits * 8][kTilePanels][32];
+  alignas(64) uint16_t weights[kTileUnits * 8][kTileHalves][32];
 };
 
 // Two floats that are small integers to a bf16 pair: their low mantissa halves are zero, so this
@@ -24,59 +25,64 @@ OW_INLINE __m512i pair_bf16(VecF low, VecF high) {
 }
 
 template <int kBits>
-void unpack_tile(const LowbitGemmArgs& a, int64_t panel, int64_t panels, int64_t g,
+void unpack_tile(const LowbitGemmArgs& a, int64_t panel, int64_t halves, int64_t g,
                  int64_t unit_begin, int64_t unit_end, Tile& tile) {
   const __m512i byte = _mm512_set1_epi32(255);
-  for (int64_t p = 0; p < panels; ++p) {
-    const uint8_t* w = a.w + (panel + p) * panel_bytes(a);
-    const __m512i zero = load_zeros(a, panel + p, g);
+  for (int64_t h = 0; h < halves; ++h) {
+    const uint8_t* half = half_of(a, panel, h);
+    const __m512i zero = a.w_zeros == nullptr ? _mm512_set1_epi32(1 << (kBits - 1))
+                                              : load_zeros(a, group_at(a, panel, h, g));
     const auto minus_zero = [&](__m512i code) __attribute__((always_inline)) {
       return to_float(VecI{_mm512_sub_epi32(_mm512_and_si512(code, byte), zero)});
     };
     for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
       __m512i s[4];
-      unpack_unit<kBits>(w, unit, s);
-      uint16_t(*out)[kTilePanels][32] = tile.weights + (unit - unit_begin) * 8;
+      unpack_unit<kBits>(half, unit, s);
+      uint16_t(*out)[kTileHalves][32] = tile.weights + (unit - unit_begin) * 8;
       for (int j = 0; j < 4; ++j) {
         const VecF k0 = minus_zero(s[j]);
         const VecF k1 = minus_zero(_mm512_srli_epi32(s[j], 8));
         const VecF k2 = minus_zero(_mm512_srli_epi32(s[j], 16));
         const VecF k3 = minus_zero(_mm512_srli_epi32(s[j], 24));
-        _mm512_store_si512(out[2 * j][p], pair_bf16(k0, k1));
-        _mm512_store_si512(out[2 * j + 1][p], pair_bf16(k2, k3));
+        _mm512_store_si512(out[2 * j][h], pair_bf16(k0, k1));
+        _mm512_store_si512(out[2 * j + 1][h], pair_bf16(k2, k3));
       }
     }
   }
 }
 
-using Totals = float[kTilePanels][kPanel];
+using Totals = float[kTileHalves][kHalf];
 
 // totals += scale * (tile * x) for kR rows.
 template <int kR>
 OW_INLINE void multiply_tile(const Tile& tile, int64_t steps, const bf16* x, int64_t stride_x,
-                             const VecF scales[kTilePanels], Totals* totals) {
-  __m512 acc[kR][kTilePanels];
+                             const VecF scales[kTileHalves], Totals* totals) {
+  __m512 acc[kR][kTileHalves];
+#pragma GCC unroll 6
   for (int r = 0; r < kR; ++r) {
-    for (int p = 0; p < kTilePanels; ++p) acc[r][p] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int h = 0; h < kTileHalves; ++h) acc[r][h] = _mm512_setzero_ps();
   }
   for (int64_t step = 0; step < steps; ++step) {
-    __m512i w[kTilePanels];
+    __m512i w[kTileHalves];
 #pragma GCC unroll 4
-    for (int p = 0; p < kTilePanels; ++p) w[p] = _mm512_load_si512(tile.weights[step][p]);
+    for (int h = 0; h < kTileHalves; ++h) w[h] = _mm512_load_si512(tile.weights[step][h]);
 #pragma GCC unroll 6
     for (int r = 0; r < kR; ++r) {
       int32_t word;
       memcpy(&word, x + r * stride_x + step * 2, 4);
       const __m512i xr = _mm512_set1_epi32(word);
 #pragma GCC unroll 4
-      for (int p = 0; p < kTilePanels; ++p) {
-        acc[r][p] = _mm512_dpbf16_ps(acc[r][p], (__m512bh)w[p], (__m512bh)xr);
+      for (int h = 0; h < kTileHalves; ++h) {
+        acc[r][h] = _mm512_dpbf16_ps(acc[r][h], (__m512bh)w[h], (__m512bh)xr);
       }
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < kR; ++r) {
-    for (int p = 0; p < kTilePanels; ++p) {
-      store(totals[r][p], fma(VecF{acc[r][p]}, scales[p], load(totals[r][p])));
+#pragma GCC unroll 4
+    for (int h = 0; h < kTileHalves; ++h) {
+      store(totals[r][h], fma(VecF{acc[r][h]}, scales[h], load(totals[r][h])));
     }
   }
 }
@@ -88,17 +94,17 @@ void tile_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   for (int64_t row_begin = 0; row_begin < a.m; row_begin += kPassRows) {
     const int64_t rows = min_of(kPassRows, a.m - row_begin);
     for (int64_t panel = begin; panel < end; panel += kTilePanels) {
-      const int64_t panels = min_of(kTilePanels, end - panel);
+      const int64_t halves = 2 * min_of(kTilePanels, end - panel);
       memset(totals, 0, size_t(rows) * sizeof(Totals));
       for (int64_t g = 0; g < a.groups; ++g) {
-        VecF scales[kTilePanels];
-        for (int64_t p = 0; p < kTilePanels; ++p) {
-          scales[p] = p < panels ? load_scales(a, panel + p, g) : set1(0.0f);
+        VecF scales[kTileHalves];
+        for (int64_t h = 0; h < kTileHalves; ++h) {
+          scales[h] = h < halves ? load_scales(a, group_at(a, panel, h, g)) : set1(0.0f);
         }
         const int64_t group_end = group_unit_end(a, g);
         for (int64_t unit = group_unit_begin(a, g); unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
-          unpack_tile<kBits>(a, panel, panels, g, unit, unit + units, tile);
+          unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
           const bf16* x =
               static_cast<const bf16*>(a.x) + row_begin * a.k_padded + unit * kUnit;
           int64_t r = 0;
@@ -112,7 +118,9 @@ void tile_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t p = 0; p < panels; ++p) finish(a, row_begin + r, panel + p, totals[r][p]);
+        for (int64_t h = 0; h < halves; ++h) {
+          finish(a, row_begin + r, panel * kPanel + h * kHalf, totals[r][h]);
+        }
       }
     }
   }

@@ -11,30 +11,28 @@ struct CodePlace {
 };
 
 CodePlace place_of(int32_t bits, int64_t lane, int64_t k) {
-  const int64_t in_line = lane * 4 + k % 4;
+  const int64_t half_bytes = block_bytes(bits) / 2;
+  const int64_t half = k / block_k(bits) * block_bytes(bits) + lane / kHalf * half_bytes;
+  const int64_t in_line = lane % kHalf * 4 + k % 4;
+  const int sub = int(k / 4 % 4);
   switch (bits) {
-    case 8: return {k / 4 * 64 + in_line, 0, 0, 0};
-    case 4: return {k / 8 * 64 + in_line, 0, int(k / 4 % 2) * 4, 0};
-    case 2: return {k / 16 * 64 + in_line, 0, int(k / 4 % 4) * 2, 0};
-    default: {
-      const int64_t block = k / 32 * 192;
-      return {block + k / 16 % 2 * 64 + in_line, block + 128 + in_line, int(k / 4 % 4) * 2,
-              int(k / 4 % 8)};
-    }
+    case 8: return {half + sub * 64 + in_line, 0, 0, 0};
+    case 4: return {half + sub / 2 * 64 + in_line, 0, sub % 2 * 4, 0};
+    case 2: return {half + in_line, 0, sub * 2, 0};
+    default:
+      return {half + k / 16 % 2 * 64 + in_line, half + 128 + in_line, sub * 2, int(k / 4 % 8)};
   }
 }
 
 }  // namespace
 
-int64_t lowbit_panel_bytes(int32_t bits, int64_t k_padded) { return k_padded * kPanel * bits / 8; }
-
 void pack_lowbit(const LowbitPackArgs& a, const uint8_t* codes, const void* scales,
                  const uint8_t* zeros, uint8_t* packed, void* packed_scales, uint8_t* packed_zeros,
                  const Parallel& parallel) {
-  const int64_t panel_bytes = lowbit_panel_bytes(a.bits, a.k_padded);
+  const int64_t bytes = panel_bytes(a.bits, a.k_padded);
   parallel.for_each(div_up(a.n, kPanel), [&](int64_t panel) {
-    uint8_t* out = packed + panel * panel_bytes;
-    memset(out, 0, size_t(panel_bytes));
+    uint8_t* out = packed + panel * bytes;
+    memset(out, 0, size_t(bytes));
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t n = panel * kPanel + lane;
       for (int64_t k = 0; n < a.n && k < a.k; ++k) {
@@ -60,12 +58,12 @@ void pack_lowbit(const LowbitPackArgs& a, const uint8_t* codes, const void* scal
 void unpack_lowbit(const LowbitPackArgs& a, const uint8_t* packed, const void* packed_scales,
                    const uint8_t* packed_zeros, uint8_t* codes, void* scales, uint8_t* zeros,
                    const Parallel& parallel) {
-  const int64_t panel_bytes = lowbit_panel_bytes(a.bits, a.k_padded);
+  const int64_t bytes = panel_bytes(a.bits, a.k_padded);
   const int mask = (1 << (a.bits == 3 ? 2 : a.bits)) - 1;
   parallel.for_each(a.n, [&](int64_t n) {
     const int64_t panel = n / kPanel;
     const int64_t lane = n % kPanel;
-    const uint8_t* in = packed + panel * panel_bytes;
+    const uint8_t* in = packed + panel * bytes;
     for (int64_t k = 0; k < a.k; ++k) {
       const CodePlace at = place_of(a.bits, lane, k);
       int code = (in[at.byte] >> at.shift) & mask;

@@ -22,44 +22,51 @@ void write_float(void* p, FloatType type, int64_t i, float value) {
 
 // The four codes of one lane at k .. k + 3, from a panel.
 void codes_at(const uint8_t* panel, int32_t bits, int64_t lane, int64_t k, uint8_t codes[4]) {
-  const int64_t sub = k / 4;
+  const uint8_t* half = panel + k / block_k(bits) * block_bytes(bits) +
+                        lane / kHalf * (block_bytes(bits) / 2);
+  const int64_t sub = k / 4 % 4;
   for (int64_t b = 0; b < 4; ++b) {
-    const int64_t in_line = lane * 4 + b;
+    const int64_t in_line = lane % kHalf * 4 + b;
     if (bits == 8) {
-      codes[b] = panel[sub * 64 + in_line];
+      codes[b] = half[sub * 64 + in_line];
     } else if (bits == 4) {
-      codes[b] = (panel[sub / 2 * 64 + in_line] >> (sub % 2 * 4)) & 15;
+      codes[b] = (half[sub / 2 * 64 + in_line] >> (sub % 2 * 4)) & 15;
     } else if (bits == 2) {
-      codes[b] = (panel[sub / 4 * 64 + in_line] >> (sub % 4 * 2)) & 3;
+      codes[b] = (half[in_line] >> (sub * 2)) & 3;
     } else {
-      const uint8_t* block = panel + sub / 8 * 192;
-      const int low = (block[sub / 4 % 2 * 64 + in_line] >> (sub % 4 * 2)) & 3;
-      const int high = (block[128 + in_line] >> (sub % 8)) & 1;
+      const int low = (half[k / 16 % 2 * 64 + in_line] >> (sub * 2)) & 3;
+      const int high = (half[128 + in_line] >> (k / 4 % 8)) & 1;
       codes[b] = uint8_t(low | high << 2);
     }
   }
 }
 
+const int8_t* digits_at(const LowbitGemmArgs& a, int64_t r, int64_t k) {
+  const int64_t block = a.row_block;
+  return static_cast<const int8_t*>(a.x) + r / block * block * a.k_padded + k / 16 * 16 * block +
+         r % block * 16 + k % 16;
+}
+
 float output(const LowbitGemmArgs& a, int64_t i, int64_t n) {
   const int64_t panel = n / kPanel;
   const int64_t lane = n % kPanel;
-  const uint8_t* w = a.w + panel * a.k_padded * kPanel * a.bits / 8;
-  const int8_t* x = static_cast<const int8_t*>(a.x) + i * a.digits * a.k_padded;
+  const uint8_t* w = a.w + panel * panel_bytes(a.bits, a.k_padded);
   float total = 0.0f;
   for (int64_t g = 0; g < a.groups; ++g) {
     const int64_t at = (panel * a.groups + g) * kPanel + lane;
-    const int32_t zero = a.w_zeros != nullptr ? a.w_zeros[at] : 1 << (a.bits - 1);
+    const int32_t minus_zero = a.w_zeros != nullptr ? -int32_t(a.w_zeros[at]) : 1;
     const int64_t end = min_of((g + 1) * a.group_size, a.k);
     int32_t acc[3] = {0, 0, 0};
     for (int64_t k = g * a.group_size; k < end; k += 4) {
       uint8_t codes[4];
       codes_at(w, a.bits, lane, k, codes);
       for (int64_t d = 0; d < a.digits; ++d) {
-        for (int64_t b = 0; b < 4; ++b) acc[d] += int32_t(codes[b]) * x[d * a.k_padded + k + b];
+        const int8_t* x = digits_at(a, i * a.digits + d, k);
+        for (int64_t b = 0; b < 4; ++b) acc[d] += int32_t(codes[b]) * x[b];
       }
     }
     for (int64_t d = 0; d < a.digits; ++d) {
-      acc[d] -= zero * a.x_sums[(i * a.digits + d) * a.groups + g];
+      acc[d] += minus_zero * a.x_sums[(i * a.digits + d) * a.groups + g];
     }
     float sum = float(acc[0]);
     if (a.digits == 3) {

@@ -18,12 +18,35 @@ OW_INLINE uint32_t largest_magnitude(const T* x, int64_t n) {
   return uint32_t(max_of_lanes(largest));
 }
 
+// Where the codes of one digit row go.
+struct CodeRow {
+  int8_t* base;
+  int64_t unit_stride;  // from one 16 k to the next
+
+  static CodeRow of(const EncodeArgs& a, int64_t r) {
+    const int64_t block = a.row_block;
+    return {a.codes + r / block * block * a.k_padded + r % block * 16, block * 16};
+  }
+  int8_t* at(int64_t k) const { return base + k / 16 * unit_stride + k % 16; }
+  // `lanes` codes from k on; whole vectors never cross 16 k.
+  void put(int64_t k, VecI code, int64_t lanes) const {
+    if (lanes == kLanes) {
+      store_i8(at(k), code);
+    } else {
+      store_i8_n(at(k), code, lanes);
+    }
+  }
+  void zero(int64_t begin, int64_t end) const {
+    for (int64_t k = begin; k < end; ++k) *at(k) = 0;
+  }
+};
+
 constexpr uint32_t kInfinity = 0x7f800000;
 
 template <class T>
 void encode_row_int8(const EncodeArgs& a, int64_t row) {
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
-  int8_t* codes = a.codes + row * a.k_padded;
+  const CodeRow codes = CodeRow::of(a, row);
   const int64_t groups = div_up(a.k, a.group_size);
   const uint32_t largest_bits = largest_magnitude(x, a.k);
   const float largest = bits_to_float(largest_bits);
@@ -37,7 +60,7 @@ void encode_row_int8(const EncodeArgs& a, int64_t row) {
   }
   a.scales[row] = scale;
   if (inverse == 0.0f) {
-    memset(codes, 0, size_t(a.k_padded));
+    codes.zero(0, a.k_padded);
     if (a.sums != nullptr) memset(a.sums + row * groups, 0, size_t(groups) * 4);
     return;
   }
@@ -45,20 +68,16 @@ void encode_row_int8(const EncodeArgs& a, int64_t row) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t end = min_of((g + 1) * a.group_size, a.k);
     VecI total = set1(int32_t{0});
-    int64_t i = g * a.group_size;
-    for (; i + kLanes <= end; i += kLanes) {
-      const VecI code = to_int(mul(load(x + i), factor));
-      store_i8(codes + i, code);
+    for (int64_t i = g * a.group_size; i < end; i += kLanes) {
+      const int64_t lanes = min_of(kLanes, end - i);
+      const VecF value = lanes == kLanes ? load(x + i) : load_n(x + i, lanes);
+      const VecI code = to_int(mul(value, factor));
+      codes.put(i, code, lanes);
       total = add(total, code);
     }
-    if (i < end) {
-      const VecI code = to_int(mul(load_n(x + i, end - i), factor));
-      store_i8_n(codes + i, code, end - i);
-      total = add(total, code);
-    }
-    if (a.sums != nullptr) a.sums[row * groups + g] = sum(total);
+    if (a.sums != nullptr) a.sums[row * groups + g] = a.sum_factor * sum(total);
   }
-  memset(codes + a.k, 0, size_t(a.k_padded - a.k));
+  codes.zero(a.k, a.k_padded);
 }
 
 // The low base-256 digit, in -128..127.
@@ -67,7 +86,8 @@ OW_INLINE VecI low_digit(VecI value) { return shift_right(shift_left(value, 24),
 template <class T>
 void encode_row_fixed(const EncodeArgs& a, int64_t row) {
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
-  int8_t* codes = a.codes + row * 3 * a.k_padded;
+  const CodeRow codes[3] = {CodeRow::of(a, row * 3), CodeRow::of(a, row * 3 + 1),
+                            CodeRow::of(a, row * 3 + 2)};
   const int64_t groups = div_up(a.k, a.group_size);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = g * a.group_size;
@@ -95,22 +115,15 @@ void encode_row_fixed(const EncodeArgs& a, int64_t row) {
       for (int d = 2; d >= 0; --d) {
         const VecI digit = d == 0 ? rest : low_digit(rest);
         rest = shift_right(sub(rest, digit), 8);
-        int8_t* out = codes + d * a.k_padded + i;
-        if (lanes == kLanes) {
-          store_i8(out, digit);
-        } else {
-          store_i8_n(out, digit, lanes);
-        }
+        codes[d].put(i, digit, lanes);
         total[d] = add(total[d], digit);
       }
     }
     if (a.sums != nullptr) {
-      for (int d = 0; d < 3; ++d) a.sums[(row * 3 + d) * groups + g] = sum(total[d]);
+      for (int d = 0; d < 3; ++d) a.sums[(row * 3 + d) * groups + g] = a.sum_factor * sum(total[d]);
     }
   }
-  for (int d = 0; d < 3; ++d) {
-    memset(codes + d * a.k_padded + a.k, 0, size_t(a.k_padded - a.k));
-  }
+  for (const CodeRow& digit : codes) digit.zero(a.k, a.k_padded);
 }
 
 template <class T>

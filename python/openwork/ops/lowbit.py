@@ -14,7 +14,8 @@ Compute = Literal["float", "int8"]
 
 _COMPUTE_IDS = {"float": 0, "int8": 1}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_PANEL = 16
+_PANEL = 32
+_HALF = 16
 _PAD_K = 32
 
 
@@ -29,7 +30,7 @@ def pack_lowbit(
     """Pack a group-quantized weight for :func:`lowbit_linear`.
 
     The weight is ``scales[n, g] * (codes[n, k] - zeros[n, g])`` with ``g = k // group_size``. Any
-    n and k: rows are padded to 16 and columns to 32; the last group may be shorter.
+    n and k: rows are padded to 32 and columns to 32; the last group may be shorter.
 
     Args:
         codes: ``[n, k]`` uint8, each in ``0 .. 2**bits - 1``.
@@ -50,7 +51,7 @@ def pack_lowbit(
         >>> codes = torch.randint(16, (24, 64), dtype=torch.uint8)
         >>> w = openwork.pack_lowbit(codes, torch.ones(24, 2), bits=4, group_size=32)
         >>> w.layout, w.n, w.k
-        ('w4_n16k8@1', 24, 64)
+        ('w4_n32k8@1', 24, 64)
     """
     packed, packed_scales, packed_zeros = torch.ops.openwork.pack_lowbit(
         codes, scales, zeros, bits, group_size
@@ -192,9 +193,9 @@ def _check_dtype(op: str, name: str, tensor: Tensor, want: torch.dtype) -> None:
 
 
 def _packed_shape(bits: int, n: int, k: int) -> list[int]:
-    k_line, lines = (32, 3) if bits == 3 else (32 // bits, 1)
+    k_block, lines = (32, 3) if bits == 3 else (16, bits // 2)
     k_padded = -(-k // _PAD_K) * _PAD_K
-    return [-(-n // _PANEL), k_padded // k_line, lines, _PANEL, 4]
+    return [-(-n // _PANEL), k_padded // k_block, 2, lines, _HALF, 4]
 
 
 def _groups(op: str, n: int, k: int, group_size: int) -> int:
