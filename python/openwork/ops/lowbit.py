@@ -110,7 +110,8 @@ def lowbit_linear(
             sum of weights, added in fp32 before rounding. Not modified.
         compute: ``"float"`` multiplies the weight's exact values at fp32 accuracy. ``"int8"``
             rounds each row of x to int8 first, ``x ~ s * round(x / s)`` with
-            ``s = max|x| / 127``, and sums exactly in int32; faster for many rows.
+            ``s = max|x| / 127``, and sums exactly in int32; faster for many rows. Values of x so
+            small that their whole group is below 2**-100 (int8: row, 2**-120) count as zero.
 
     Returns:
         ``[..., n]``, dtype of x. No gradient. A row of x that holds an infinity or a NaN gives

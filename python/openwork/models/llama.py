@@ -1,0 +1,367 @@
+"""A lean Llama-family decoder: Llama, Mistral, Qwen2, SmolLM2.
+
+One layer, with ``d`` the width of the residual stream ``x``, ``h`` query and ``g`` key/value
+heads of width ``e``::
+
+    q, k, v = split(qkv(rms_norm(x)), [h e, g e, g e])      qkv      [(h + 2 g) e, d]
+    x       = x + o(softmax(rope(q) rope(k)^T / sqrt(e)) v)  o        [d, h e]
+    gate,up = split(gate_up(rms_norm(x)), [f, f])            gate_up  [2 f, d]
+    x       = x + down(silu(gate) * up)                      down     [d, f]
+
+Decoding one token is a chain of small calls, so the code is shaped by their number: q, k and v
+are rows of one linear, gate and up of another; the residual is added inside the linear (``add``);
+and the views of the cache are made once a step for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openwork.models.config import Llama3Rope, LlamaConfig
+from openwork.models.tokenizer import Tokenizer
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in float32."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate every head; element ``i`` of its first half pairs with element ``i`` of its second::
+
+        y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
+
+    Args:
+        x: ``[b, t, heads, e]``.
+        cos: ``[t, e / 2]`` float32; ``sin`` alike.
+
+    Returns:
+        ``[b, t, heads, e]``, dtype of ``x``, contiguous.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` for ``[..., 2 f]`` holding gate, then up; returns ``[..., f]``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention of the last ``t`` of ``n`` positions.
+
+    Args:
+        q: ``[b, t, h, e]``.
+        keys: ``[b, g, n, e]``; ``values`` alike.
+        mask: ``[t, n]`` bool, true where a query may look; None where ``t`` is 1 or ``n``.
+
+    Returns:
+        ``[b, t, h e]``.
+    """
+    b, t, h, e = q.shape
+    g = keys.shape[1]
+    if t == 1:
+        # One query sees every key, so the h / g heads of a group may pose as h / g queries of one
+        # head: each key is read once a group, and one call does the rest (measured equal to
+        # hand-written baddbmm, softmax and bmm, which is three calls).
+        y = F.scaled_dot_product_attention(q.view(b, g, h // g, e), keys, values)
+        return y.reshape(b, 1, h * e)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=h != g
+    )
+    return y.transpose(1, 2).reshape(b, t, h * e)
+
+
+class DenseLinear(nn.Linear):
+    """``x @ weight.T + bias + add``: a plain linear with the call of ``nn.LowbitLinear``."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """``x [..., k] -> [..., n]``; ``add`` has the shape of the result."""
+        y = F.linear(x, self.weight, self.bias)
+        return y if add is None else y.add_(add)
+
+
+class Attention(nn.Module):
+    """The linears of an attention block; :class:`Layer` runs them."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = DenseLinear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.o = DenseLinear(config.heads * config.head_dim, config.hidden_size, bias=False)
+
+
+class MLP(nn.Module):
+    """The linears of a feed-forward block; :class:`Layer` runs them."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = DenseLinear(config.hidden_size, 2 * config.ffn_size, bias=False)
+        self.down = DenseLinear(config.ffn_size, config.hidden_size, bias=False)
+
+
+class Layer(nn.Module):
+    """One decoder layer. Hooks belong on it or on its linears; nothing between is called."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.eps = config.norm_eps
+        self.attn_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.attn = Attention(config)
+        self.mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Slots | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: ``[b, t, d]``.
+            cos: ``[t, head_dim / 2]`` from :meth:`Llama.rope`; ``sin`` alike.
+            slots: this layer's part of :meth:`KVCache.slots`, or None to attend within ``x``.
+            mask: ``[t, n]`` bool; None where ``t`` is 1 or no earlier tokens are cached.
+
+        Returns:
+            ``[b, t, d]``.
+        """
+        b, t, _ = x.shape
+        h, g, e = self.heads, self.kv_heads, self.head_dim
+        # Looked up where nn.Module keeps them: its __getattr__ takes 0.6 us, and there would be
+        # eight of them, together longer than both norms.
+        weights: Any = self._parameters
+        attn: Any = self._modules["attn"]._modules  # type: ignore[union-attr]
+        mlp: Any = self._modules["mlp"]._modules  # type: ignore[union-attr]
+
+        qkv = attn["qkv"](_rms_norm(x, weights["attn_norm"], self.eps)).view(b, t, h + 2 * g, e)
+        qk = _rope(qkv.narrow(2, 0, h + g), cos, sin)
+        q, keys, values = qk.narrow(2, 0, h), qk.narrow(2, h, g), qkv.narrow(2, h + g, g)
+        if slots is None:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        else:
+            slots.new_keys.copy_(keys)
+            slots.new_values.copy_(values)
+            keys, values = slots.keys, slots.values
+        x = attn["o"](_attention(q, keys, values, mask), add=x)
+        gate_up = mlp["gate_up"](_rms_norm(x, weights["mlp_norm"], self.eps))
+        return cast(Tensor, mlp["down"](_silu_mul(gate_up), add=x))
+
+
+class Slots(NamedTuple):
+    """One layer's views of a :class:`KVCache`.
+
+    Attributes:
+        new_keys, new_values: ``[b, t, kv_heads, head_dim]``, where the tokens being run go.
+        keys, values: ``[b, kv_heads, n, head_dim]``, all tokens so far, those being run included.
+    """
+
+    new_keys: Tensor
+    new_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in memory allocated once.
+
+    Args:
+        config: the model's configuration.
+        max_len: tokens it can hold.
+        batch: sequences, all of one length.
+        dtype: of the stored values.
+
+    Attributes:
+        length: tokens held. Setting it to a smaller number forgets the later tokens.
+        data: ``[layers, 2, batch, kv_heads, max_len, head_dim]``, keys then values.
+    """
+
+    def __init__(self, config: LlamaConfig, max_len: int, batch: int, dtype: torch.dtype) -> None:
+        if max_len < 1 or batch < 1:
+            raise ValueError(
+                f"KVCache: max_len and batch must be at least 1, got {max_len}, {batch}"
+            )
+        self.max_len, self.length = max_len, 0
+        shape = (config.layers, 2, batch, config.kv_heads, max_len, config.head_dim)
+        with torch.inference_mode(False):  # so that it may be used in and out of that mode
+            self.data = torch.empty(shape, dtype=dtype)
+
+    def slots(self, batch: int, t: int) -> list[Slots]:
+        """Every layer's views for appending ``t`` tokens. ``length`` is unchanged.
+
+        Raises:
+            ValueError: the cache is too small, or made for another ``batch``.
+        """
+        end = self.length + t
+        if batch != self.data.shape[2]:
+            raise ValueError(
+                f"KVCache: {self.data.shape[2]} sequences expected (its batch), got {batch}"
+            )
+        if end > self.max_len:
+            raise ValueError(
+                f"KVCache: room for {end} tokens needed, got max_len = {self.max_len}; "
+                "make a longer one with new_cache"
+            )
+        # A few calls for all layers together, where views made layer by layer would take six each.
+        flat = self.data.flatten(0, 1)
+        new = flat[..., self.length : end, :].transpose(2, 3).unbind(0)
+        held = flat[..., :end, :].unbind(0)
+        return [
+            Slots(*views) for views in zip(new[::2], new[1::2], held[::2], held[1::2], strict=True)
+        ]
+
+
+class Llama(nn.Module):
+    """A decoder of the Llama family.
+
+    Attributes:
+        config: the :class:`LlamaConfig`.
+        tokenizer: the :class:`~openwork.models.tokenizer.Tokenizer` found beside the weights, or
+            None.
+        embed, layers, norm, head: embedding, layers, weight of the final norm, and output head.
+
+    Example:
+        >>> import torch
+        >>> from openwork.models import Llama, LlamaConfig
+        >>> config = LlamaConfig("llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=2,
+        ...                      heads=4, kv_heads=2, head_dim=8, context_length=128)
+        >>> model = Llama(config)
+        >>> model(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 64])
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.head = DenseLinear(config.hidden_size, config.vocab_size, bias=False)
+        self._cos, self._sin = torch.empty(0), torch.empty(0)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Make the head share the embedding's weight, where the configuration says so."""
+        if self.config.tied_head:
+            self.head.weight = self.embed.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self.embed.weight.dtype
+
+    def new_cache(self, max_len: int, batch: int = 1) -> KVCache:
+        """An empty :class:`KVCache` for ``batch`` sequences of up to ``max_len`` tokens."""
+        return KVCache(self.config, max_len, batch, self.dtype)
+
+    def rope(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of ``position * frequency``, each ``[length, head_dim / 2]`` float32.
+
+        Raises:
+            ValueError: a position past the model's context.
+        """
+        end, context = start + length, self.config.context_length
+        if end > context:
+            raise ValueError(
+                f"Llama: positions below context_length = {context} expected, got {end}"
+            )
+        if end > len(self._cos):
+            # Grown by doubling: contexts of 131072 would make the whole table 64 MB.
+            rows = min(max(end, 2 * len(self._cos), 1024), context)
+            with torch.inference_mode(False):
+                angles = torch.outer(torch.arange(rows).float(), rope_frequencies(self.config))
+                self._cos, self._sin = angles.cos(), angles.sin()
+        return self._cos[start:end], self._sin[start:end]
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Everything but the head: ``tokens [b, t] -> [b, t, d]`` after the final norm.
+
+        With a cache, the tokens follow those it holds, and it holds them too afterwards.
+
+        Raises:
+            ValueError: tokens that are not ``[b, t]`` int64, a full cache or one of another
+                batch, or a position past the model's context.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
+            raise ValueError(
+                f"Llama: tokens [batch, length > 0] int64 expected, got {list(tokens.shape)} "
+                f"{tokens.dtype}"
+            )
+        t = tokens.shape[1]
+        start = 0 if cache is None else cache.length
+        slots = [None] * len(self.layers) if cache is None else cache.slots(*tokens.shape)
+        cos, sin = self.rope(start, t)
+        mask = None
+        if start > 0 and t > 1:
+            mask = torch.ones(t, start + t, dtype=torch.bool).tril_(start)
+        x = self.embed(tokens)
+        for layer, slot in zip(self.layers, slots, strict=True):
+            x = layer(x, cos, sin, slot, mask)
+        if cache is not None:
+            cache.length = start + t
+        return _rms_norm(x, self.norm, self.config.norm_eps)
+
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            tokens: ``[b, t]`` int64.
+            cache: holds the tokens before these, and takes these up; None for none before.
+            last_only: only the logits after the last token.
+
+        Returns:
+            ``[b, t, vocab]``, or ``[b, 1, vocab]`` with ``last_only``, in the model's dtype.
+
+        Raises:
+            ValueError: see :meth:`hidden`.
+        """
+        x = self.hidden(tokens, cache)
+        y: Tensor = self.head(x[:, -1:] if last_only else x)
+        return y
+
+    def linears(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """The linears of the layers in the order they run: ``(name, parent, attribute)``.
+
+        ``getattr(parent, attribute)`` is the linear named ``name``, such as
+        ``"layers.3.attn.qkv"``; set it to replace the linear. The head is not among them.
+        """
+        for i, layer in enumerate(self.layers):
+            for block, attribute in (
+                ("attn", "qkv"), ("attn", "o"), ("mlp", "gate_up"), ("mlp", "down")
+            ):  # fmt: skip
+                yield f"layers.{i}.{block}.{attribute}", getattr(layer, block), attribute
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """``theta ** (-2 i / head_dim)`` for ``i < head_dim / 2``, stretched as the model asks.
+
+    Returns:
+        ``[head_dim / 2]`` float32, in radians a position.
+    """
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if not isinstance(scaling, Llama3Rope):
+        return frequencies / torch.tensor(scaling)
+    turns = scaling.original_length * frequencies / (2 * torch.pi)
+    s = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return frequencies * (s + (1 - s) / scaling.factor)

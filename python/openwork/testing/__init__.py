@@ -1,0 +1,10 @@
+"""Operator descriptions shared by the tests and the benchmarks; not used by the library."""
+
+from __future__ import annotations
+
+from . import activations, lowbit
+from .case import Cost, OpCase, Reject, Sample, Workload
+
+CASES: tuple[OpCase, ...] = (*lowbit.CASES, *activations.CASES)
+
+__all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
