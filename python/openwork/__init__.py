@@ -6,24 +6,37 @@ Importing the package loads the native library, after which its operators are al
 
 from __future__ import annotations
 
-from . import _native, nn, ops
+from . import nn, ops
 from ._native import info, isa, kernels, layouts, set_isa
 from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .packing import PackedWeight
+
+# These build on the names above.
+from . import checkpoint, models, quant  # isort: skip
+from .checkpoint import save
+from .evaluate import evaluate
+from .models import generate, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PackedWeight",
+    "checkpoint",
+    "evaluate",
+    "generate",
     "info",
     "isa",
     "kernels",
     "layouts",
+    "load",
     "lowbit_linear",
+    "models",
     "nn",
     "ops",
     "pack_lowbit",
+    "quant",
     "quantize_rows",
+    "save",
     "set_isa",
     "unpack_lowbit",
 ]

@@ -10,7 +10,8 @@ heads of width ``e``::
 
 Decoding one token is a chain of small calls, so the code is shaped by their number: q, k and v
 are rows of one linear, gate and up of another; the residual is added inside the linear (``add``);
-and the views of the cache are made once a step for all layers.
+the views of the cache are made once a step for all layers; and norm, rotation and gate are fused
+operators, which have no gradient: where one is needed the same formulas run in plain torch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openwork import ops
 from openwork.models.config import Llama3Rope, LlamaConfig
 from openwork.models.tokenizer import Tokenizer
 
 
+def _needs_gradient(x: Tensor, weight: Tensor | None = None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or (weight is not None and weight.requires_grad)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in float32."""
+    if not _needs_gradient(x, weight):
+        return ops.rms_norm(x, weight, eps)
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
@@ -45,6 +55,8 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         ``[b, t, heads, e]``, dtype of ``x``, contiguous.
     """
+    if not _needs_gradient(x):
+        return ops.rope(x, cos, sin)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
@@ -52,6 +64,8 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _silu_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` for ``[..., 2 f]`` holding gate, then up; returns ``[..., f]``."""
+    if not _needs_gradient(gate_up):
+        return ops.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import _native  # noqa: F401  loads the library the overloads are taken from
 from .activations import rms_norm, rope, silu_mul
 from .lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 
