@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from openwork import bitstream
 from openwork.bitstream import pack_words, unpack_words, word_count
 

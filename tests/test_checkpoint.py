@@ -18,6 +18,8 @@ import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from openwork import checkpoint
 from openwork.errors import FormatError
 from openwork.models import Llama, LlamaConfig
@@ -26,7 +28,6 @@ from openwork.models.tokenizer import Tokenizer
 from openwork.nn import LowbitLinear
 from openwork.ops import unpack_lowbit
 from openwork.quant import quantize_model, rtn
-from torch import Tensor, nn
 
 # Rows of 144 and 96: groups of 64 and 128 leave a short last one.
 SHAPE: dict[str, Any] = {

@@ -18,7 +18,9 @@ struct Parallel {
     if (n == 1) {
       body(int64_t{0});
     } else if (n > 1) {
-      run(n, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
+      run(
+          n, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); },
+          &body);
     }
   }
 };

@@ -1,5 +1,6 @@
 // Storage types and small helpers every layer may use. Freestanding: no C++ library header, because
-// ISA translation units include this file and must not emit code the linker could share between tiers.
+// ISA translation units include this file and must not emit code the linker could share between
+// tiers.
 #pragma once
 
 #include <stdint.h>

@@ -15,8 +15,8 @@ PYBIND11_MODULE(_host, m) {
           [](ow::PagePool& pool, size_t bytes) {
             ow::PagePool::Slice slice = pool.allocate(bytes);
             auto* owner = new std::shared_ptr<void>(std::move(slice.chunk));
-            py::capsule release(
-                owner, [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); });
+            py::capsule release(owner,
+                                [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); });
             return py::array_t<uint8_t>({py::ssize_t(bytes)}, {py::ssize_t(1)}, slice.data,
                                         release);
           },

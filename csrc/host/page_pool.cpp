@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <new>
 
 namespace ow {
@@ -17,6 +18,7 @@ size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
 }  // namespace
 
 PagePool::Slice PagePool::allocate(size_t bytes) {
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();  // rounding up would wrap
   bytes = round_up(std::max(bytes, kAlign), kAlign);
   const std::lock_guard lock(mutex_);
   std::shared_ptr<void> chunk = chunk_.lock();

@@ -3,6 +3,7 @@
 // costs a quarter of the read rate, and small matrices would never fill a huge page on their own.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -29,7 +30,8 @@ class PagePool {
   std::weak_ptr<void> chunk_;
   uint8_t* next_ = nullptr;
   uint8_t* end_ = nullptr;
-  std::shared_ptr<size_t> mapped_ = std::make_shared<size_t>(0);
+  // Shared with the chunks, which may outlive the pool and are released on any thread.
+  std::shared_ptr<std::atomic<size_t>> mapped_ = std::make_shared<std::atomic<size_t>>(0);
 };
 
 }  // namespace ow

@@ -3,7 +3,8 @@
 //   <op>: <argument> <expected>, got <actual>[; <what to do>]
 //
 // and reach Python as ValueError (std::invalid_argument), without the source path that torch's own
-// check macro prepends. They run before any parallel region: an error raised inside one would lose its text.
+// check macro prepends. They run before any parallel region: an error raised inside one would lose
+// its text.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -25,9 +26,10 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-#define OW_CHECK(condition, ...)                       \
-  do {                                                 \
-    if (!(condition)) [[unlikely]] ow::fail(__VA_ARGS__); \
+#define OW_CHECK(condition, ...)   \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      ow::fail(__VA_ARGS__);       \
   } while (false)
 
 inline const char* dtype_name(ScalarType type) {
@@ -66,8 +68,7 @@ inline void check_float(const char* op, const char* name, const Tensor& tensor) 
 }
 
 template <size_t N>
-void check_shape(const char* op, const char* name, const Tensor& tensor,
-                 const int64_t (&want)[N]) {
+void check_shape(const char* op, const char* name, const Tensor& tensor, const int64_t (&want)[N]) {
   bool same = tensor.dim() == int64_t(N);
   for (size_t i = 0; same && i < N; ++i) same = tensor.size(int64_t(i)) == want[i];
   if (same) return;

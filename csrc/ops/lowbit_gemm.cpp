@@ -84,8 +84,8 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
   const Tensor x = as_contiguous(x_any);
   const Isa isa = active_isa();
   const Parallel parallel = torch_parallel();
-  const bool as_bf16 = compute == kComputeFloat && dtype == ScalarType::BFloat16 &&
-                       lowbit_gemm_takes_bf16(isa, m);
+  const bool as_bf16 =
+      compute == kComputeFloat && dtype == ScalarType::BFloat16 && lowbit_gemm_takes_bf16(isa, m);
   const int32_t digits = as_bf16 ? 0 : compute == kComputeInt8 ? 1 : 3;
 
   LowbitGemmArgs args{};
@@ -123,8 +123,7 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
   const int64_t row_block = lowbit_gemm_row_block(isa, rows);
   const int64_t code_bytes = round_up(rows, row_block) * w.k_padded;
   const int64_t scale_count = digits == 1 ? m : m * w.groups;
-  Workspace workspace(Workspace::bytes_for(code_bytes) +
-                      Workspace::bytes_for(scale_count * 4) +
+  Workspace workspace(Workspace::bytes_for(code_bytes) + Workspace::bytes_for(scale_count * 4) +
                       Workspace::bytes_for(rows * w.groups * 4));
   EncodeArgs encode{};
   encode.m = m;
@@ -186,8 +185,8 @@ LowbitPackArgs pack_args(const Geometry& w, const Tensor& scales) {
 void check_codes(const char* op, const char* name, const Tensor& tensor, int64_t bits) {
   const uint8_t* values = static_cast<const uint8_t*>(tensor.const_data_ptr());
   for (int64_t i = 0; i < tensor.numel(); ++i) {
-    OW_CHECK(values[i] >> bits == 0, op, ": ", name, " must be in 0 .. ", (1 << bits) - 1,
-             " for ", bits, " bits, got ", int(values[i]));
+    OW_CHECK(values[i] >> bits == 0, op, ": ", name, " must be in 0 .. ", (1 << bits) - 1, " for ",
+             bits, " bits, got ", int(values[i]));
   }
 }
 
@@ -200,8 +199,8 @@ void check_finite(const char* op, const Tensor& scales) {
       case FloatType::bf16: value = to_float(static_cast<const bf16*>(p)[i]); break;
       default: value = to_float(static_cast<const f16*>(p)[i]); break;
     }
-    OW_CHECK((float_to_bits(value) & 0x7fffffff) < 0x7f800000, op,
-             ": scales must be finite, got ", value, " at element ", i);
+    OW_CHECK((float_to_bits(value) & 0x7fffffff) < 0x7f800000, op, ": scales must be finite, got ",
+             value, " at element ", i);
   }
 }
 
@@ -213,8 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> pack_lowbit_op(const Tensor& codes_any, const
   OW_CHECK(layout != nullptr, kOp, ": bits must be 2, 3, 4 or 8, got ", bits);
   check_dtype(kOp, "codes", codes_any, ScalarType::Byte);
   OW_CHECK(codes_any.dim() == 2, kOp, ": codes must be [n, k], got ", shape_text(codes_any));
-  const Geometry w =
-      check_geometry(kOp, layout, codes_any.size(0), codes_any.size(1), group_size);
+  const Geometry w = check_geometry(kOp, layout, codes_any.size(0), codes_any.size(1), group_size);
   check_float(kOp, "scales", scales_any);
   check_shape(kOp, "scales", scales_any, {w.n, w.groups});
   const Tensor codes = as_contiguous(codes_any);
@@ -228,9 +226,9 @@ std::tuple<Tensor, Tensor, Tensor> pack_lowbit_op(const Tensor& codes_any, const
     zeros = as_contiguous(*zeros_any);
     check_codes(kOp, "zeros", *zeros, bits);
   }
-  Tensor packed = fast_empty({w.panels, w.k_padded / block_k(layout->bits), 2,
-                              block_bytes(layout->bits) / 128, kHalf, 4},
-                             ScalarType::Byte);
+  Tensor packed = fast_empty(
+      {w.panels, w.k_padded / block_k(layout->bits), 2, block_bytes(layout->bits) / 128, kHalf, 4},
+      ScalarType::Byte);
   Tensor packed_scales = fast_empty({w.panels, w.groups, kPanel}, scales.scalar_type());
   Tensor packed_zeros =
       fast_empty({zeros.has_value() ? w.panels : 0, w.groups, kPanel}, ScalarType::Byte);

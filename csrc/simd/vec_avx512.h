@@ -24,11 +24,9 @@ OW_INLINE VecF widen_bf16(__m256i bits) {
 OW_INLINE __m256i narrow_bf16(VecF a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i result =
-      _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
 
@@ -50,9 +48,7 @@ OW_INLINE void store(bf16* p, VecF a) { _mm256_storeu_epi16(p, narrow_bf16(a)); 
 OW_INLINE void store(f16* p, VecF a) {
   _mm256_storeu_epi16(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-OW_INLINE void store_n(float* p, VecF a, int64_t n) {
-  _mm512_mask_storeu_ps(p, lane_mask(n), a.v);
-}
+OW_INLINE void store_n(float* p, VecF a, int64_t n) { _mm512_mask_storeu_ps(p, lane_mask(n), a.v); }
 OW_INLINE void store_n(bf16* p, VecF a, int64_t n) {
   _mm256_mask_storeu_epi16(p, lane_mask(n), narrow_bf16(a));
 }

@@ -49,11 +49,12 @@ OW_INLINE VecI max_(VecI a, VecI b) { return {a.v > b.v ? a.v : b.v}; }
 OW_INLINE VecI shift_left(VecI a, int n) { return {int32_t(uint32_t(a.v) << n)}; }
 OW_INLINE VecI shift_right(VecI a, int n) { return {a.v >> n}; }
 
-// Nearest even without a library call: 1.5 * 2^23 pushes the fraction out of the mantissa.
+// Nearest even without a library call: adding 2^23 pushes the fraction out of the mantissa. (Not
+// 1.5 * 2^23, which serves both signs but loses the halves that fp32 has up to 2^23.)
 OW_INLINE VecI to_int(VecF a) {
-  if (__builtin_fabsf(a.v) >= 4194304.0f) return {int32_t(a.v)};
-  const float shifted = a.v + 12582912.0f;
-  return {int32_t(float_to_bits(shifted)) - 0x4b400000};
+  if (__builtin_fabsf(a.v) >= 8388608.0f) return {int32_t(a.v)};
+  const float magic = __builtin_copysignf(8388608.0f, a.v);
+  return {int32_t((a.v + magic) - magic)};
 }
 OW_INLINE VecF to_float(VecI a) { return {float(a.v)}; }
 OW_INLINE VecF as_float(VecI a) { return {bits_to_float(uint32_t(a.v))}; }

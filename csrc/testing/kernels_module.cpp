@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "core/layout.h"
+#include "kernels/activations/activations.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
 #include "testing/peaks.h"
@@ -85,27 +88,58 @@ double stream_read(const Array<uint8_t>& data, int64_t repetitions, const std::s
   throw std::logic_error("stream_read: no scalar kernel");
 }
 
+// Arrays of float32, float16, or uint16: numpy has no bf16, so its bits travel as uint16.
+FloatType float_type(const py::array& array, const char* name) {
+  const char kind = array.dtype().kind();
+  const py::ssize_t size = array.itemsize();
+  if (kind == 'f' && size == 4) return FloatType::f32;
+  if (kind == 'f' && size == 2) return FloatType::f16;
+  if (kind == 'u' && size == 2) return FloatType::bf16;
+  throw std::invalid_argument(std::string(name) +
+                              " must be float32, float16 or uint16 (the bits of bf16)");
+}
+
+void check_contiguous(const py::array& array, const char* name) {
+  if (!(array.flags() & py::array::c_style)) {
+    throw std::invalid_argument(std::string(name) + " must be contiguous");
+  }
+}
+
+// (name, tier, key, max_m) of a family's table entries, in table order.
+std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table(
+    const std::string& family) {
+#define OW_ROW(isa, key, max_m, fn) {#fn, #isa, key, max_m},
+  if (family == "lowbit_gemm") return {OW_LOWBIT_GEMM_KERNELS(OW_ROW)};
+  if (family == "quantize") return {OW_QUANTIZE_KERNELS(OW_ROW)};
+  if (family == "activations") return {OW_ACTIVATIONS_KERNELS(OW_ROW)};
+#undef OW_ROW
+  throw std::invalid_argument("unknown family " + family);
+}
+
 std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encode(const std::string& kernel,
-                                                                const Array<float>& x,
-                                                                int64_t group_size, int digits,
-                                                                int64_t k_padded,
-                                                                int64_t row_block, int32_t sum_factor) {
+                                                               const py::array& x,
+                                                               int64_t group_size, int digits,
+                                                               int64_t k_padded, int64_t row_block,
+                                                               int32_t sum_factor) {
+  check_contiguous(x, "x");
   const int64_t m = x.shape(0);
   const int64_t k = x.shape(1);
   const int64_t groups = div_up(k, group_size);
   // Poisoned: a kernel must write every element it owns.
   const int64_t blocks = div_up(m * digits, row_block);
-  Array<int8_t> codes({blocks, k_padded / 16, row_block, int64_t{16}});
+  Array<int8_t> codes({blocks * row_block * k_padded});
   std::memset(codes.mutable_data(), 0x55, size_t(codes.nbytes()));
   Array<float> scales(digits == 1 ? std::vector<int64_t>{m} : std::vector<int64_t>{m, groups});
+  std::fill_n(scales.mutable_data(), scales.size(), -1.0f);
   Array<int32_t> sums({m, int64_t(digits), groups});
+  std::fill_n(sums.mutable_data(), sums.size(), INT32_MIN);
   const EncodeArgs args{m,
                         k,
                         k_padded,
                         group_size,
                         digits,
                         row_block,
-                        FloatType::f32,
+                        float_type(x, "x"),
                         x.data(),
                         k,
                         sum_factor,
@@ -119,62 +153,159 @@ std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encode(const std::string
   throw std::invalid_argument("unknown kernel " + kernel);
 }
 
-// One lowbit_gemm kernel on codes: packs, encodes with the scalar kernel, runs the named kernel.
-Array<float> lowbit_gemm_kernel(const std::string& kernel, const Array<float>& x,
-                                const Array<uint8_t>& codes, const Array<float>& scales,
-                                const std::optional<Array<uint8_t>>& zeros, int bits,
-                                int64_t group_size, int digits) {
-  const int64_t m = x.shape(0);
-  const int64_t k = x.shape(1);
-  const int64_t n = codes.shape(0);
+// Digit rows as a kernel reads them: in blocks of row_block, padded with zeros along k. Rows past
+// the last are poisoned.
+std::vector<int8_t> block_digits(const int8_t* x, int64_t rows, int64_t k, int64_t row_block) {
   const int64_t k_padded = round_up(k, kPadK);
-  const int64_t groups = div_up(k, group_size);
-  const int64_t panels = div_up(n, kPanel);
-  std::vector<uint8_t> packed(size_t(panels * panel_bytes(bits, k_padded)));
-  std::vector<float> packed_scales(size_t(panels * groups * kPanel));
-  std::vector<uint8_t> packed_zeros(packed_scales.size());
-  pack_lowbit({n, k, k_padded, groups, bits, 4}, codes.data(), scales.data(),
-              zeros ? zeros->data() : nullptr, packed.data(), packed_scales.data(),
-              packed_zeros.data(), serial_parallel());
+  std::vector<int8_t> blocks(size_t(round_up(rows, row_block) * k_padded), 0x55);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < k_padded; ++j) {
+      const int64_t at = r / row_block * row_block * k_padded + j / kUnit * kUnit * row_block +
+                         r % row_block * kUnit + j % kUnit;
+      blocks[size_t(at)] = j < k ? x[r * k + j] : int8_t{0};
+    }
+  }
+  return blocks;
+}
 
-  Array<float> y({m, n});
-  std::fill_n(y.mutable_data(), y.size(), std::numeric_limits<float>::quiet_NaN());
+std::vector<int32_t> group_sums(const int8_t* x, int64_t rows, int64_t k, int64_t group_size,
+                                int32_t factor) {
+  std::vector<int32_t> sums;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t begin = 0; begin < k; begin += group_size) {
+      int32_t sum = 0;
+      for (int64_t j = begin; j < min_of(begin + group_size, k); ++j) sum += x[r * k + j];
+      sums.push_back(factor * sum);
+    }
+  }
+  return sums;
+}
+
+// A weight as its kernels read it; scales of the outputs past n are poisoned.
+struct Packed {
+  std::vector<uint8_t> w, scales, zeros;
+
+  Packed(const Array<uint8_t>& codes, const py::array& code_scales,
+         const std::optional<Array<uint8_t>>& code_zeros, int bits) {
+    const int64_t n = codes.shape(0);
+    const int64_t k = codes.shape(1);
+    const int64_t groups = code_scales.shape(1);
+    const int64_t panels = div_up(n, kPanel);
+    const int64_t scale_size = code_scales.itemsize();
+    w.resize(size_t(panels * panel_bytes(bits, round_up(k, kPadK))));
+    scales.resize(size_t(panels * groups * kPanel * scale_size));
+    zeros.resize(size_t(panels * groups * kPanel));
+    pack_lowbit({n, k, round_up(k, kPadK), groups, bits, scale_size}, codes.data(),
+                code_scales.data(), code_zeros ? code_zeros->data() : nullptr, w.data(),
+                scales.data(), zeros.data(), serial_parallel());
+    for (int64_t row = n; row < panels * kPanel; ++row) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = (row / kPanel * groups + g) * kPanel + row % kPanel;
+        // A NaN in each of the three types.
+        std::memset(scales.data() + at * scale_size, 0x7f, size_t(scale_size));
+      }
+    }
+  }
+};
+
+// One lowbit_gemm kernel on encoded x: int8 [m, digits, k], or the bits of bf16 [m, k].
+void lowbit_gemm_kernel(const std::string& kernel, const py::array& x,
+                        const std::optional<Array<float>>& x_scales, const Array<uint8_t>& codes,
+                        const py::array& scales, const std::optional<Array<uint8_t>>& zeros,
+                        int bits, int64_t group_size, const std::optional<py::array>& bias,
+                        const std::optional<py::array>& add, py::array y) {
+  check_contiguous(x, "x");
+  check_contiguous(scales, "scales");
+  check_contiguous(y, "y");
+  const Packed packed(codes, scales, zeros, bits);
   LowbitGemmArgs args{};
-  args.m = m;
-  args.n = n;
-  args.k = k;
-  args.k_padded = k_padded;
+  args.m = x.shape(0);
+  args.n = codes.shape(0);
+  args.k = codes.shape(1);
+  args.k_padded = round_up(args.k, kPadK);
   args.group_size = group_size;
-  args.groups = groups;
+  args.groups = div_up(args.k, group_size);
   args.bits = bits;
-  args.digits = digits;
-  args.w = packed.data();
-  args.w_scales = packed_scales.data();
-  args.w_scales_type = FloatType::f32;
-  args.w_zeros = zeros ? packed_zeros.data() : nullptr;
+  args.digits = x.ndim() == 3 ? int32_t(x.shape(1)) : 0;
+  args.w = packed.w.data();
+  args.w_scales = packed.scales.data();
+  args.w_scales_type = float_type(scales, "scales");
+  args.w_zeros = zeros ? packed.zeros.data() : nullptr;
+  args.bias = bias ? bias->data() : nullptr;
+  args.add = add ? add->data() : nullptr;
   args.y = y.mutable_data();
-  args.y_type = FloatType::f32;
+  args.y_type = float_type(y, "y");
 
-  std::vector<bf16> rows(size_t(m * k_padded), bf16{0});
-  std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encoded;
-  if (digits == 0) {
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < k; ++j) from_float(x.at(i, j), &rows[size_t(i * k_padded + j)]);
+  std::vector<bf16> rows;
+  std::vector<int8_t> digits;
+  std::vector<int32_t> sums;
+  if (args.digits == 0) {
+    rows.resize(size_t(args.m * args.k_padded), bf16{0});
+    const bf16* from = static_cast<const bf16*>(x.data());
+    for (int64_t i = 0; i < args.m; ++i) {
+      std::copy_n(from + i * args.k, args.k, rows.begin() + i * args.k_padded);
     }
     args.x = rows.data();
   } else {
-    args.row_block = kernel.find("_tile_") != std::string::npos ? kTileRowBlock : m * digits;
-    encoded = encode("encode_rows_scalar", x, group_size, digits, k_padded, args.row_block,
-                     lowbit_sum_factor(bits, !zeros));
-    args.x = std::get<0>(encoded).data();
-    args.x_scales = std::get<1>(encoded).data();
-    args.x_sums = std::get<2>(encoded).data();
+    const int8_t* from = static_cast<const int8_t*>(x.data());
+    const int64_t digit_rows = args.m * args.digits;
+    args.row_block = kernel.find("_tile_") != std::string::npos ? kTileRowBlock : digit_rows;
+    digits = block_digits(from, digit_rows, args.k, args.row_block);
+    sums = group_sums(from, digit_rows, args.k, group_size, lowbit_sum_factor(bits, !zeros));
+    args.x = digits.data();
+    args.x_scales = x_scales.value().data();
+    args.x_sums = sums.data();
   }
 #define OW_ROW(isa, key, max_m, fn) \
-  if (kernel == #fn) return fn(args, 0, panels), y;
+  if (kernel == #fn) return fn(args, 0, div_up(args.n, kPanel));
   OW_LOWBIT_GEMM_KERNELS(OW_ROW)
 #undef OW_ROW
   throw std::invalid_argument("unknown kernel " + kernel);
+}
+
+const ActivationKernels& activation_kernels(const std::string& kernel) {
+#define OW_ROW(isa, key, max_m, kernels) \
+  if (kernel == #kernels) return kernels;
+  OW_ACTIVATIONS_KERNELS(OW_ROW)
+#undef OW_ROW
+  throw std::invalid_argument("unknown kernel " + kernel);
+}
+
+void rms_norm_kernel(const std::string& kernel, const py::array& x, const py::array& w, float eps,
+                     py::array y) {
+  check_contiguous(x, "x");
+  const RmsNormArgs args{x.shape(0), x.shape(1), float_type(x, "x"), x.data(),
+                         w.data(),   eps,        y.mutable_data()};
+  activation_kernels(kernel).rms_norm(args, 0, args.m);
+}
+
+void silu_mul_kernel(const std::string& kernel, const py::array& x, py::array y) {
+  check_contiguous(x, "x");
+  const SiluMulArgs args{y.shape(0), y.shape(1), float_type(x, "x"), x.data(), y.mutable_data()};
+  activation_kernels(kernel).silu_mul(args, 0, args.m);
+}
+
+HeadStrides head_strides(const py::array& array) {
+  const int64_t size = array.itemsize();
+  return {array.strides(0) / size, array.strides(1) / size, array.strides(2) / size};
+}
+
+void rope_kernel(const std::string& kernel, const py::array& x, const Array<float>& cos,
+                 const Array<float>& sin, int64_t turned, py::array y) {
+  RopeArgs args{};
+  args.b = x.shape(0);
+  args.t = x.shape(1);
+  args.h = x.shape(2);
+  args.d = x.shape(3);
+  args.turned = turned;
+  args.type = float_type(x, "x");
+  args.x = x.data();
+  args.x_strides = head_strides(x);
+  args.cos = cos.data();
+  args.sin = sin.data();
+  args.y = y.mutable_data();
+  args.y_strides = head_strides(y);
+  activation_kernels(kernel).rope(args, 0, args.b * args.t);
 }
 
 }  // namespace
@@ -186,10 +317,20 @@ PYBIND11_MODULE(_kernels, m) {
         "Operations per second of one thread; unit is fp32, bf16 or int8.");
   m.def("stream_read", &ow::stream_read, py::arg("data"), py::arg("repetitions"), py::arg("tier"),
         "Seconds one thread takes to read data `repetitions` times.");
+  m.def("kernel_table", &ow::kernel_table, py::arg("family"),
+        "(name, tier, key, max_m) of every kernel of a family, best first.");
   m.def("encode_rows", &ow::encode, py::arg("kernel"), py::arg("x"), py::arg("group_size"),
         py::arg("digits"), py::arg("k_padded"), py::arg("row_block"), py::arg("sum_factor"),
-        "(codes, scales, sums) of the named kernel; codes [blocks, k_padded / 16, row_block, 16].");
-  m.def("lowbit_gemm", &ow::lowbit_gemm_kernel, py::arg("kernel"), py::arg("x"), py::arg("codes"),
-        py::arg("scales"), py::arg("zeros"), py::arg("bits"), py::arg("group_size"),
-        py::arg("digits"), "y [m, n] of the named kernel; digits 0 takes x as bf16.");
+        "(codes, scales, sums) of the named kernel; codes flat, in blocks of row_block.");
+  m.def("lowbit_gemm", &ow::lowbit_gemm_kernel, py::arg("kernel"), py::arg("x"),
+        py::arg("x_scales"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("bits"),
+        py::arg("group_size"), py::arg("bias"), py::arg("add"), py::arg("y"),
+        "Writes y [m, n]; x is int8 [m, digits, k], or the bits of bf16 [m, k].");
+  m.def("rms_norm", &ow::rms_norm_kernel, py::arg("kernel"), py::arg("x"), py::arg("w"),
+        py::arg("eps"), py::arg("y"), "Writes y [m, d].");
+  m.def("silu_mul", &ow::silu_mul_kernel, py::arg("kernel"), py::arg("x"), py::arg("y"),
+        "Writes y [m, d] from x [m, 2d].");
+  m.def("rope", &ow::rope_kernel, py::arg("kernel"), py::arg("x"), py::arg("cos"), py::arg("sin"),
+        py::arg("turned"), py::arg("y"),
+        "Writes y [b, t, h, d]; x and y may be strided, their last dimension contiguous.");
 }

@@ -13,17 +13,17 @@ using PeakFn = double (*)(int64_t rounds, float* sink);
 using StreamReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
 // X(tier, unit, function): unit is what the multiply takes. AVX2's int8 is vpmaddubsw + vpmaddwd.
-#define OW_PEAKS(X)                                              \
-  OW_IF_AVX512BF16(X(avx512bf16, bf16, peak_bf16_avx512bf16))    \
-  OW_IF_AVX512(X(avx512, int8, peak_int8_avx512))                \
-  OW_IF_AVX512(X(avx512, fp32, peak_fp32_avx512))                \
-  OW_IF_AVX2(X(avx2, int8, peak_int8_avx2))                      \
-  OW_IF_AVX2(X(avx2, fp32, peak_fp32_avx2))                      \
+#define OW_PEAKS(X)                                           \
+  OW_IF_AVX512BF16(X(avx512bf16, bf16, peak_bf16_avx512bf16)) \
+  OW_IF_AVX512(X(avx512, int8, peak_int8_avx512))             \
+  OW_IF_AVX512(X(avx512, fp32, peak_fp32_avx512))             \
+  OW_IF_AVX2(X(avx2, int8, peak_int8_avx2))                   \
+  OW_IF_AVX2(X(avx2, fp32, peak_fp32_avx2))                   \
   X(scalar, fp32, peak_fp32_scalar)
 
-#define OW_STREAM_READS(X)                                 \
-  OW_IF_AVX512(X(avx512, stream_read_avx512))              \
-  OW_IF_AVX2(X(avx2, stream_read_avx2))                    \
+#define OW_STREAM_READS(X)                    \
+  OW_IF_AVX512(X(avx512, stream_read_avx512)) \
+  OW_IF_AVX2(X(avx2, stream_read_avx2))       \
   X(scalar, stream_read_scalar)
 
 double peak_fp32_scalar(int64_t rounds, float* sink);

@@ -45,7 +45,7 @@ class Info:
 def isa() -> str:
     """The instruction-set tier kernels are chosen for: the CPU's best one, unless
     the environment variable ``OPENWORK_ISA`` or :func:`set_isa` lowered it."""
-    return torch.ops.openwork.isa()
+    return str(torch.ops.openwork.isa())
 
 
 def set_isa(name: str) -> None:

@@ -96,7 +96,8 @@ def test_cache_changes_nothing(tiny: Llama, chunks: list[int]) -> None:
 def test_unused_cache_is_never_read(tiny: Llama) -> None:
     tokens = random_tokens(6)
     cache = tiny.new_cache(50)
-    cache.data.fill_(math.nan)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(math.nan)
     assert tiny(tokens[:, :4], cache).isfinite().all()
     assert tiny(tokens[:, 4:5], cache).isfinite().all()
 

@@ -124,9 +124,7 @@ def test_fake_refuses_in_the_same_words(case: OpCase, reject: Reject) -> None:
     with pytest.raises(ValueError, match=f"^{case.name}: ") as real:
         case.op(*reject.args, **reject.kwargs)
     mode = FakeTensorMode()
-    raw = [
-        mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in case.raw(sample)
-    ]
+    raw = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in case.raw(sample)]
     with mode, pytest.raises(ValueError, match=f"^{case.name}: ") as fake:
         getattr(torch.ops.openwork, case.name)(*raw)
     assert str(fake.value) == str(real.value)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from openwork.errors import FormatError
 from openwork.models import DenseLinear, Llama, LlamaConfig
 from openwork.quant import InputSecondMoment, calibrate
 from openwork.quant import calibration as engine
-from torch import Tensor, nn
 
 CONFIG = LlamaConfig(
     "llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=4, heads=4, kv_heads=2, head_dim=8,

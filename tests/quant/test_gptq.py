@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from openwork.quant import QuantizedTensor, gptq, rtn
 from torch import Tensor
+
+from openwork.quant import QuantizedTensor, gptq, rtn
 
 K = 200  # groups of 128 and 64 leave a short last one; two blocks of 128, one short
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from openwork.quant import QuantizedTensor
 from openwork.quant.grid import BITS, expand_groups, split_groups
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from openwork.models import Llama, LlamaConfig
 from openwork.nn import LowbitLinear
 from openwork.ops import unpack_lowbit
 from openwork.quant import InputSecondMoment, QuantizedTensor, model_bytes, quantize_model, rtn
-from torch import Tensor, nn
 
 # Rows of 72 are 4.5 groups of 16: every linear of the block but one has a short last group.
 SHAPE: dict[str, Any] = {

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from openwork.quant import QuantizedTensor, grid, rtn
 from openwork.quant.grid import BITS, expand_groups, round_to_grid, symmetric_zero
-from torch import Tensor
 
 FORMATS = [
     (bits, group_size, symmetric)

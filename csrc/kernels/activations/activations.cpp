@@ -16,8 +16,7 @@ template <class Fn, class Args>
 void run_rows(Fn fn, const Args& args, int64_t rows, int64_t row_size, const Parallel& parallel) {
   const int64_t tasks =
       min_of(min_of(parallel.threads, rows), div_up(rows * row_size, kElementsPerTask));
-  parallel.for_each(tasks,
-                    [&](int64_t i) { fn(args, rows * i / tasks, rows * (i + 1) / tasks); });
+  parallel.for_each(tasks, [&](int64_t i) { fn(args, rows * i / tasks, rows * (i + 1) / tasks); });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 //   silu_mul   y[i,j] = g / (1 + e^-g) * u    g = x[i,j], u = x[i,d+j]
 //   rope       y[i,h,j]       = x[i,h,j] * cos[p,j] - x[i,h,j+d/2] * sin[p,j]      j < d/2
 //              y[i,h,j+d/2]   = x[i,h,j+d/2] * cos[p,j] + x[i,h,j] * sin[p,j]      p = i % t
+//              y = x for heads from `turned` on (the values beside queries and keys)
 //
 // Arithmetic in fp32; one rounding to the output type.
 #pragma once
@@ -28,14 +29,20 @@ struct SiluMulArgs {
   const void* x;  // [m, 2d]
   void* y;        // [m, d]
 };
+// Where the element (b, t, h, 0) of a [b, t, h, d] tensor is; strides in elements, the last 1.
+struct HeadStrides {
+  int64_t b, t, h;
+};
 struct RopeArgs {
   int64_t b, t, h, d;  // d even
+  int64_t turned;      // heads that are rotated; the rest are copied
   FloatType type;
-  const void* x;  // [b, t, h, d], strides in elements, the last 1
-  int64_t stride_b, stride_t, stride_h;
+  const void* x;
+  HeadStrides x_strides;
   const float* cos;  // [t, d/2]
   const float* sin;  // [t, d/2]
-  void* y;           // [b, t, h, d] contiguous
+  void* y;
+  HeadStrides y_strides;
 };
 
 using RmsNormFn = void (*)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);
@@ -48,9 +55,9 @@ struct ActivationKernels {
   RopeFn rope;
 };
 
-#define OW_ACTIVATIONS_KERNELS(X)                        \
-  OW_IF_AVX512(X(avx512, 0, kAnyM, activations_avx512))  \
-  OW_IF_AVX2(X(avx2, 0, kAnyM, activations_avx2))        \
+#define OW_ACTIVATIONS_KERNELS(X)                       \
+  OW_IF_AVX512(X(avx512, 0, kAnyM, activations_avx512)) \
+  OW_IF_AVX2(X(avx2, 0, kAnyM, activations_avx2))       \
   X(scalar, 0, kAnyM, activations_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const ActivationKernels kernels;

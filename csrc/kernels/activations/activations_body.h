@@ -63,11 +63,17 @@ template <class T>
 void rope_rows(const RopeArgs& a, int64_t begin, int64_t end) {
   const int64_t half = a.d / 2;
   for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / a.t;
     const int64_t t = row % a.t;
-    const T* token = static_cast<const T*>(a.x) + row / a.t * a.stride_b + t * a.stride_t;
     for (int64_t h = 0; h < a.h; ++h) {
-      const T* x = token + h * a.stride_h;
-      T* y = static_cast<T*>(a.y) + (row * a.h + h) * a.d;
+      const HeadStrides& from = a.x_strides;
+      const HeadStrides& to = a.y_strides;
+      const T* x = static_cast<const T*>(a.x) + b * from.b + t * from.t + h * from.h;
+      T* y = static_cast<T*>(a.y) + b * to.b + t * to.t + h * to.h;
+      if (h >= a.turned) {
+        memcpy(y, x, size_t(a.d) * sizeof(T));
+        continue;
+      }
       each_vector(half, [&](int64_t i, int64_t lanes) {
         const VecF c = load_up_to(a.cos + t * half + i, lanes);
         const VecF s = load_up_to(a.sin + t * half + i, lanes);
@@ -80,11 +86,11 @@ void rope_rows(const RopeArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-#define OW_BY_TYPE(function)                                          \
-  switch (a.type) {                                                   \
-    case FloatType::f32: return function<float>(a, begin, end);       \
-    case FloatType::bf16: return function<bf16>(a, begin, end);       \
-    case FloatType::f16: return function<f16>(a, begin, end);         \
+#define OW_BY_TYPE(function)                                    \
+  switch (a.type) {                                             \
+    case FloatType::f32: return function<float>(a, begin, end); \
+    case FloatType::bf16: return function<bf16>(a, begin, end); \
+    case FloatType::f16: return function<f16>(a, begin, end);   \
   }
 void rms_norm_any(const RmsNormArgs& a, int64_t begin, int64_t end) { OW_BY_TYPE(rms_norm_rows) }
 void silu_mul_any(const SiluMulArgs& a, int64_t begin, int64_t end) { OW_BY_TYPE(silu_mul_rows) }

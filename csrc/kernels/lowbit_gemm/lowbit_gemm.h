@@ -13,9 +13,9 @@
 //   digits = 0   x stays bf16 and meets c - z, exact in bf16, in a bf16 dot product ("float" mode
 //                for many rows of bf16 on tiers that have the instruction)
 //
-// Layouts. A panel is 32 outputs in two halves (rows of w past n are zero); k is padded to a multiple
-// of 32 with zero codes. A line is 64 bytes: 16 outputs x 4 bytes, so that one 32-bit lane belongs
-// to one output. A unit is 16 k. Byte b of lane n holds, low bits first:
+// Layouts. A panel is 32 outputs in two halves (rows of w past n are zero); k is padded to a
+// multiple of 32 with zero codes. A line is 64 bytes: 16 outputs x 4 bytes, so that one 32-bit lane
+// belongs to one output. A unit is 16 k. Byte b of lane n holds, low bits first:
 //
 //   w8_n32k4    k = 4l + b                             4 lines a unit and half
 //   w4_n32k8    k = 8l + b | k + 4                     2 lines
@@ -25,10 +25,10 @@
 //
 //   one panel:  | k_block 0: half 0 lines, half 1 lines | k_block 1: ... |
 //
-// A k_block is 16 k (32 for 3 bits). The packed tensor is [panels, k_padded / k_block, 2, lines, 16,
-// 4] with lines of one half = 1, 3, 2, 4 for 2, 3, 4, 8 bits; scales and zeros are [panels, groups,
-// 32]. A thread streams its share of the weight once, front to back: one stream of bytes is what
-// the prefetchers follow best, and two halves let each broadcast of x serve two products.
+// A k_block is 16 k (32 for 3 bits). The packed tensor is [panels, k_padded / k_block, 2, lines,
+// 16, 4] with lines of one half = 1, 3, 2, 4 for 2, 3, 4, 8 bits; scales and zeros are [panels,
+// groups, 32]. A thread streams its share of the weight once, front to back: one stream of bytes is
+// what the prefetchers follow best, and two halves let each broadcast of x serve two products.
 #pragma once
 
 #include "core/kernel_table.h"
@@ -55,13 +55,13 @@ struct LowbitGemmArgs {
   int64_t m, n, k;
   int64_t k_padded, group_size, groups;
   int32_t bits;
-  int32_t digits;          // 1, 3: x is int8 digit rows; 0: x is bf16 [m, k_padded]
-  int64_t row_block;       // of the digit rows, see kernels/quantize/quantize.h
+  int32_t digits;     // 1, 3: x is int8 digit rows; 0: x is bf16 [m, k_padded]
+  int64_t row_block;  // of the digit rows, see kernels/quantize/quantize.h
   const void* x;
-  const float* x_scales;   // digits 1: [m]; digits 3: [m, groups]; digits 0: null
-  const int32_t* x_sums;   // [m, digits, groups] times lowbit_sum_factor; digits 0: null
-  const uint8_t* w;        // packed
-  const void* w_scales;    // [panels, groups, 32] of w_scales_type
+  const float* x_scales;  // digits 1: [m]; digits 3: [m, groups]; digits 0: null
+  const int32_t* x_sums;  // [m, digits, groups] times lowbit_sum_factor; digits 0: null
+  const uint8_t* w;       // packed
+  const void* w_scales;   // [panels, groups, 32] of w_scales_type
   FloatType w_scales_type;
   const uint8_t* w_zeros;  // [panels, groups, 32], or null
   const void* bias;        // [n] of y_type, or null
@@ -84,12 +84,13 @@ constexpr int32_t lowbit_key(Layout layout, bool bf16_x) { return int32_t(layout
   X(isa, lowbit_key(Layout::w4_n32k8, bf16_x), max_m, fn)     \
   X(isa, lowbit_key(Layout::w8_n32k4, bf16_x), max_m, fn)
 
-#define OW_LOWBIT_GEMM_KERNELS(X)                                                                \
-  OW_IF_AVX512BF16(                                                                              \
-      OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512bf16, true, kAnyM, lowbit_gemm_tile_64x6_avx512bf16))  \
-  OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, kRowsKernelMaxRows, lowbit_gemm_rows_avx512))        \
+#define OW_LOWBIT_GEMM_KERNELS(X)                                                                 \
+  OW_IF_AVX512BF16(                                                                               \
+      OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512bf16, true, kAnyM, lowbit_gemm_tile_64x6_avx512bf16))   \
+  OW_IF_AVX512(                                                                                   \
+      OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, kRowsKernelMaxRows, lowbit_gemm_rows_avx512))  \
   OW_IF_AVX512(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512, false, kAnyM, lowbit_gemm_tile_64x6_avx512)) \
-  OW_IF_AVX2(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx2, false, kAnyM, lowbit_gemm_rows_avx2))           \
+  OW_IF_AVX2(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx2, false, kAnyM, lowbit_gemm_rows_avx2))            \
   OW_LOWBIT_GEMM_EACH_LAYOUT(X, scalar, false, kAnyM, lowbit_gemm_rows_scalar)
 
 #define OW_DECLARE(isa, key, max_m, fn) void fn(const LowbitGemmArgs&, int64_t, int64_t);

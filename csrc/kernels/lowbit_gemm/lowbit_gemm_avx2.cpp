@@ -115,8 +115,8 @@ OW_INLINE void finish(const LowbitGemmArgs& a, int64_t row, int64_t n, VecF valu
 template <int kBits, int kDigits, int kRows>
 void rows_half(const LowbitGemmArgs& a, int64_t panel, int64_t half, int64_t row) {
   constexpr int kR = kRows * kDigits;
-  const uint8_t* w = a.w + panel * panel_bytes(a.bits, a.k_padded) +
-                     half * (block_bytes(a.bits) / 2);
+  const uint8_t* w =
+      a.w + panel * panel_bytes(a.bits, a.k_padded) + half * (block_bytes(a.bits) / 2);
   // All digit rows are one block: those of a unit lie together.
   const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * kUnit;
   const int64_t unit_stride = a.row_block * kUnit;
@@ -132,8 +132,7 @@ void rows_half(const LowbitGemmArgs& a, int64_t panel, int64_t half, int64_t row
         unpack_unit<kBits>(w + v * 32, unit, s);
 #pragma GCC unroll 4
         for (int r = 0; r < kR; ++r) {
-          acc[r][v] =
-              multiply_unit<kBits>(acc[r][v], s, x + unit * unit_stride + r * kUnit);
+          acc[r][v] = multiply_unit<kBits>(acc[r][v], s, x + unit * unit_stride + r * kUnit);
         }
       }
     }

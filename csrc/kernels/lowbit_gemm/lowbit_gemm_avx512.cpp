@@ -35,9 +35,9 @@ OW_INLINE VecF group_sum(const __m512i* digits, int64_t stride, float scale) {
 // --- rows: codes unpacked in registers, few rows of x --------------------------------------------
 //
 // One stream of weight bytes a thread, both halves of a panel at a time: each product needs a
-// broadcast of x from memory, and loads, not products, would bind a single half. Up to 12 digit rows
-// x 2 halves of accumulators; few rows get several accumulators each, since it takes 8 chains to
-// keep two vpdpbusd a cycle of 4 cycles' latency going.
+// broadcast of x from memory, and loads, not products, would bind a single half. Up to 12 digit
+// rows x 2 halves of accumulators; few rows get several accumulators each, since it takes 8 chains
+// to keep two vpdpbusd a cycle of 4 cycles' latency going.
 template <int kBits, int kDigits, int kRows>
 void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
   constexpr int kR = kRows * kDigits;
@@ -298,8 +298,8 @@ void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
                                  a.groups,
                                  partial + r * kDigits,
                                  totals + r};
-            multiply_block_of<kDigits, decltype(block)::kRows>(
-                symmetric, unit == group_begin, unit + units == group_end, args);
+            multiply_block_of<kDigits, decltype(block)::kRows>(symmetric, unit == group_begin,
+                                                               unit + units == group_end, args);
           };
           int64_t r = 0;
           for (; r + kBlock <= rows; r += kBlock) multiply(r, Rows<kBlock>{});
@@ -318,16 +318,16 @@ void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace avx512
 
-#define OW_BY_BITS_AND_DIGITS(kernel)                                                  \
-  switch (a.bits * 4 + a.digits) {                                                     \
-    case 2 * 4 + 1: return avx512::kernel<2, 1>(a, begin, end);                        \
-    case 3 * 4 + 1: return avx512::kernel<3, 1>(a, begin, end);                        \
-    case 4 * 4 + 1: return avx512::kernel<4, 1>(a, begin, end);                        \
-    case 8 * 4 + 1: return avx512::kernel<8, 1>(a, begin, end);                        \
-    case 2 * 4 + 3: return avx512::kernel<2, 3>(a, begin, end);                        \
-    case 3 * 4 + 3: return avx512::kernel<3, 3>(a, begin, end);                        \
-    case 4 * 4 + 3: return avx512::kernel<4, 3>(a, begin, end);                        \
-    case 8 * 4 + 3: return avx512::kernel<8, 3>(a, begin, end);                        \
+#define OW_BY_BITS_AND_DIGITS(kernel)                           \
+  switch (a.bits * 4 + a.digits) {                              \
+    case 2 * 4 + 1: return avx512::kernel<2, 1>(a, begin, end); \
+    case 3 * 4 + 1: return avx512::kernel<3, 1>(a, begin, end); \
+    case 4 * 4 + 1: return avx512::kernel<4, 1>(a, begin, end); \
+    case 8 * 4 + 1: return avx512::kernel<8, 1>(a, begin, end); \
+    case 2 * 4 + 3: return avx512::kernel<2, 3>(a, begin, end); \
+    case 3 * 4 + 3: return avx512::kernel<3, 3>(a, begin, end); \
+    case 4 * 4 + 3: return avx512::kernel<4, 3>(a, begin, end); \
+    case 8 * 4 + 3: return avx512::kernel<8, 3>(a, begin, end); \
   }
 
 void lowbit_gemm_rows_avx512(const LowbitGemmArgs& a, int64_t begin, int64_t end) {

@@ -105,8 +105,7 @@ void tile_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
         for (int64_t unit = group_unit_begin(a, g); unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
           unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
-          const bf16* x =
-              static_cast<const bf16*>(a.x) + row_begin * a.k_padded + unit * kUnit;
+          const bf16* x = static_cast<const bf16*>(a.x) + row_begin * a.k_padded + unit * kUnit;
           int64_t r = 0;
           for (; r + kTileRows <= rows; r += kTileRows) {
             multiply_tile<kTileRows>(tile, units * 8, x + r * a.k_padded, a.k_padded, scales,

@@ -22,8 +22,8 @@ void write_float(void* p, FloatType type, int64_t i, float value) {
 
 // The four codes of one lane at k .. k + 3, from a panel.
 void codes_at(const uint8_t* panel, int32_t bits, int64_t lane, int64_t k, uint8_t codes[4]) {
-  const uint8_t* half = panel + k / block_k(bits) * block_bytes(bits) +
-                        lane / kHalf * (block_bytes(bits) / 2);
+  const uint8_t* half =
+      panel + k / block_k(bits) * block_bytes(bits) + lane / kHalf * (block_bytes(bits) / 2);
   const int64_t sub = k / 4 % 4;
   for (int64_t b = 0; b < 4; ++b) {
     const int64_t in_line = lane % kHalf * 4 + b;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.lowbit import Compute, lowbit_linear
+from ..ops.lowbit import Compute, lowbit_arguments, lowbit_linear_overload
 from ..packing import PackedWeight
 
 
@@ -27,6 +27,8 @@ class LowbitLinear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.compute: Compute = compute
+        # Decoding makes a hundred short calls a token: what does not change is looked up once.
+        self._arguments = lowbit_arguments(weight, compute)
 
     @property
     def in_features(self) -> int:
@@ -38,7 +40,9 @@ class LowbitLinear(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""
-        return lowbit_linear(x, self.weight, self.bias, add, compute=self.compute)
+        tensors, numbers = self._arguments
+        y: Tensor = lowbit_linear_overload(x, *tensors, self.bias, add, *numbers)
+        return y
 
     def extra_repr(self) -> str:
         w = self.weight

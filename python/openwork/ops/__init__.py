@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import _native  # noqa: F401  loads the library the overloads are taken from
-from .activations import rms_norm, rope, silu_mul
+from .activations import rms_norm, rope, rope_append, silu_mul
 from .lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rope",
+    "rope_append",
     "silu_mul",
     "unpack_lowbit",
 ]

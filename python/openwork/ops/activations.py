@@ -9,6 +9,7 @@ from torch import Tensor
 _rms_norm = torch.ops.openwork.rms_norm.default
 _silu_mul = torch.ops.openwork.silu_mul.default
 _rope = torch.ops.openwork.rope.default
+_rope_append = torch.ops.openwork.rope_append.default
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -86,6 +87,43 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def rope_append(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int
+) -> Tensor:
+    """Rotate the queries and keys of a fused projection, and put keys and values into a cache.
+
+    With ``q, k, v = split(x, [h, g, g])`` along the heads::
+
+        keys[:, :, position : position + t]   = rope(k)
+        values[:, :, position : position + t] = v
+
+    Args:
+        x: ``[b, t, h + 2 g, d]`` float32, bfloat16 or float16: query heads, then key heads, then
+            value heads; any strides.
+        cos: ``[t, d / 2]`` float32, contiguous; ``sin`` alike.
+        keys: ``[b, g, max_len, d]``, dtype of x, last stride 1. **Modified.**
+        values: as keys. **Modified.**
+        position: first place written, in ``0 .. max_len - t``.
+
+    Returns:
+        ``rope(q)``, ``[b, t, h, d]`` contiguous. No gradient.
+
+    Raises:
+        ValueError: a wrong dtype, shape or position.
+
+    Example:
+        >>> cache = torch.zeros(2, 1, 2, 8, 4)  # keys and values of 2 heads, 8 places
+        >>> table = torch.zeros(3, 2)
+        >>> x = torch.ones(1, 3, 6 + 2 * 2, 4)
+        >>> openwork.ops.rope_append(x, table + 1, table, cache[0], cache[1], 5).shape
+        torch.Size([1, 3, 6, 4])
+        >>> cache[1, 0, 0, :, 0].tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    """
+    q: Tensor = _rope_append(x, cos, sin, keys, values, position)
+    return q
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -106,10 +144,7 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x.dim() >= 1 and x.shape[-1] >= 1,
         f"rms_norm: x must have a last dimension of at least 1, got {list(x.shape)}",
     )
-    _check(
-        list(weight.shape) == [x.shape[-1]],
-        f"rms_norm: weight must have shape [{x.shape[-1]}], got {list(weight.shape)}",
-    )
+    _check_shape("rms_norm", "weight", weight, [x.shape[-1]])
     return x.new_empty(x.shape)
 
 
@@ -118,23 +153,52 @@ def _silu_mul_fake(x: Tensor) -> Tensor:
     _check_float("silu_mul", x)
     _check(
         x.dim() >= 1 and x.shape[-1] >= 2 and x.shape[-1] % 2 == 0,
-        "silu_mul: x must have an even last dimension (gate and up), "
-        f"got {list(x.shape)}",
+        f"silu_mul: x must have an even last dimension (gate and up), got {list(x.shape)}",
     )
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.register_fake("openwork::rope")
-def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check_float("rope", x)
+def _check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _check_float(op, x)
     _check(
         x.dim() == 4 and x.shape[3] >= 2 and x.shape[3] % 2 == 0,
-        f"rope: x must be [b, t, h, d] with d even, got {list(x.shape)}",
+        f"{op}: x must be [b, t, h, d] with d even, got {list(x.shape)}",
     )
-    want = [x.shape[1], x.shape[3] // 2]
     for name, table in (("cos", cos), ("sin", sin)):
-        _check(
-            list(table.shape) == want,
-            f"rope: {name} must have shape {want}, got {list(table.shape)}",
-        )
+        _check_shape(op, name, table, [x.shape[1], x.shape[3] // 2])
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
+    _check(
+        list(tensor.shape) == want,
+        f"{op}: {name} must have shape {want}, got {list(tensor.shape)}",
+    )
+
+
+@torch.library.register_fake("openwork::rope")
+def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    _check_rope("rope", x, cos, sin)
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("openwork::rope_append")
+def _rope_append_fake(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int
+) -> Tensor:
+    op = "rope_append"
+    _check_rope(op, x, cos, sin)
+    _check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
+    b, t, heads, d = x.shape
+    g, max_len = keys.shape[1:3]
+    _check(
+        heads > 2 * g,
+        f"{op}: x must have more than 2 * kv_heads = {2 * g} heads, got {heads}",
+    )
+    for name, cache in (("keys", keys), ("values", values)):
+        _check_shape(op, name, cache, [b, g, max_len, d])
+    _check(
+        0 <= position <= max_len - t,
+        f"{op}: position must be in 0 .. {max_len - t} (max_len less the tokens of x), "
+        f"got {position}",
+    )
+    return x.new_empty((b, t, heads - 2 * g, d))

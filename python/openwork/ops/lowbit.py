@@ -15,7 +15,7 @@ Compute = Literal["float", "int8"]
 _COMPUTE_IDS = {"float": 0, "int8": 1}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The overload, looked up once: finding it by name costs half a microsecond a call.
-_lowbit_linear = torch.ops.openwork.lowbit_linear.default
+lowbit_linear_overload = torch.ops.openwork.lowbit_linear.default
 
 _PANEL = 32
 _HALF = 16
@@ -117,8 +117,8 @@ def lowbit_linear(
             small that their whole group is below 2**-100 (int8: row, 2**-120) count as zero.
 
     Returns:
-        ``[..., n]``, dtype of x. No gradient. A row of x that holds an infinity or a NaN gives
-        NaN.
+        ``[..., n]``, dtype of x. No gradient. A row of x that holds an infinity or a NaN gives a
+        row of NaNs and infinities.
 
     Raises:
         ValueError: a wrong dtype or shape, or a layout this build does not read.
@@ -129,22 +129,31 @@ def lowbit_linear(
         >>> openwork.lowbit_linear(torch.ones(1, 32), w)[0, 0].item()  # 32 * (9 - 8)
         32.0
     """
+    tensors, numbers = lowbit_arguments(weight, compute)
+    y: Tensor = lowbit_linear_overload(x, *tensors, bias, add, *numbers)
+    return y
+
+
+def lowbit_arguments(
+    weight: PackedWeight, compute: Compute
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[int, int, int, int, int]]:
+    """What ``torch.ops.openwork.lowbit_linear`` takes after x and after add.
+
+    Returns:
+        ``(packed, scales, zeros)`` and ``(layout, n, k, group_size, compute)``.
+
+    Raises:
+        ValueError: an unknown ``compute``.
+    """
     if compute not in _COMPUTE_IDS:
         raise ValueError(f"lowbit_linear: compute must be 'float' or 'int8', got {compute!r}")
-    y: Tensor = _lowbit_linear(
-        x,
-        weight.packed,
-        weight.scales,
-        weight.zeros,
-        bias,
-        add,
+    return (weight.packed, weight.scales, weight.zeros), (
         weight.layout_id,
         weight.n,
         weight.k,
         weight.group_size,
         _COMPUTE_IDS[compute],
     )
-    return y
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

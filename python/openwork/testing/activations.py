@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..ops.activations import rms_norm, rope, silu_mul
+from ..ops.activations import rope_append as ops_rope_append
 from .case import OpCase, Reject, Sample
 
 _EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -32,7 +33,28 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * c - high * s, high * c + low * s], dim=-1)
 
 
-def _relative(roundings: float):  # type: ignore[no-untyped-def]
+def rope_append(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator on copies of the cache: what it returns, and the cache afterwards."""
+    keys, values = keys.clone(), values.clone()
+    q = ops_rope_append(x, cos, sin, keys, values, position)
+    return q, keys, values
+
+
+def rope_append_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rope_reference` of queries and keys, and assignments to slices."""
+    g, t = keys.shape[1], x.shape[1]
+    q, k, v = x.split([x.shape[2] - 2 * g, g, g], dim=2)
+    keys, values = keys.double(), values.double()
+    keys[:, :, position : position + t] = rope_reference(k, cos, sin).transpose(1, 2)
+    values[:, :, position : position + t] = v.double().transpose(1, 2)
+    return rope_reference(q, cos, sin), keys, values
+
+
+def _relative(roundings: float) -> Callable[[Sample, tuple[Tensor, ...]], tuple[Tensor]]:
     """Bound for `roundings` fp32 steps that each keep the result's size, and the last rounding."""
 
     def tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -56,6 +78,16 @@ def _rope_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tenso
     size = parts + x.double().abs()
     eps = _EPS[x.dtype]
     return (3 * 2.0**-24 * size + eps * expected[0].abs() + 2.0**-24 * eps,)
+
+
+def _rope_append_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, cos, sin, keys, _, position = sample.args
+    g, t = keys.shape[1], x.shape[1]
+    turned = _rope_tolerance(Sample("", (x, cos, sin)), (rope_reference(x, cos, sin),))[0]
+    q, k, _ = turned.split([x.shape[2] - 2 * g, g, g], dim=2)
+    in_cache = torch.zeros(keys.shape, dtype=torch.float64)
+    in_cache[:, :, position : position + t] = k.transpose(1, 2)
+    return q, in_cache, torch.zeros_like(in_cache)
 
 
 def _norm_samples() -> Iterator[Sample]:
@@ -88,6 +120,32 @@ def _rope_samples() -> Iterator[Sample]:
             name = f"{b}x{t}x{h}x{d}-{str(dtype)[6:]}"
             # A view of a wider projection, as the model has it.
             yield Sample(name, (x[:, :, :h], angle.cos(), angle.sin()))
+
+
+def _rope_append_samples() -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(8)
+    for b, t, h, g, d, position in ((1, 1, 1, 1, 2, 0), (2, 3, 6, 2, 6, 4), (1, 7, 9, 3, 64, 2)):
+        angle = 100 * torch.rand(t, d // 2, generator=generator)
+        for dtype in _EPS:
+            x = torch.randn(b, t, h + 2 * g, d, generator=generator).to(dtype)
+            cache = torch.randn(2, b, g, 9, d, generator=generator).to(dtype)
+            name = f"{b}x{t}x{h}x{g}x{d}-{str(dtype)[6:]}"
+            yield Sample(name, (x, angle.cos(), angle.sin(), cache[0], cache[1], position))
+
+
+def _rope_append_rejects() -> Iterator[Reject]:
+    x, table, cache = torch.ones(1, 3, 5, 4), torch.ones(3, 2), torch.ones(1, 2, 8, 4)
+    yield Reject("full", (x, table, table, cache, cache, 6), {}, "position must be in 0 .. 5")
+    yield Reject("negative", (x, table, table, cache, cache, -1), {}, "position must be in 0 .. 5")
+    yield Reject(
+        "heads", (x[:, :, :4], table, table, cache, cache, 0), {}, "more than 2 * kv_heads"
+    )
+    yield Reject(
+        "values",
+        (x, table, table, cache, cache[:, :1], 0),
+        {},
+        "values must have shape [1, 2, 8, 4]",
+    )
 
 
 CASES = (
@@ -137,5 +195,15 @@ CASES = (
                 "cos must have shape [3, 2], got [2, 2]",
             ),
         ],
+    ),
+    OpCase(
+        "rope_append",
+        rope_append,
+        rope_append_reference,
+        _rope_append_tolerance,
+        # Fresh copies: the operator writes to the cache.
+        raw=lambda s: (*s.args[:3], s.args[3].clone(), s.args[4].clone(), s.args[5]),
+        samples=lambda: list(_rope_append_samples()),
+        rejects=lambda: list(_rope_append_rejects()),
     ),
 )

@@ -69,8 +69,8 @@ def lowbit_linear_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tup
     """Rounding of the fp32 sums, then of the result.
 
     With M = max|x| * sum_k |w|, which bounds every partial sum: encoding x to three digits moves it
-    by at most 2**-23 max|x|; combining digits, scaling and adding groups are five roundings a group; a
-    bf16 dot product makes one rounding a pair of k. Bias, add and the last rounding are one each.
+    by little over 2**-23 max|x|; combining digits, scaling and adding groups are five roundings a
+    group; a bf16 dot product rounds once a pair of k. Bias, add and the result are one each.
     """
     x, weight = sample.args[:2]
     w = dequantize(*unpack_lowbit(weight), weight.bits, weight.group_size).abs()

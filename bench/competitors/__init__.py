@@ -1,0 +1,18 @@
+"""Other libraries, one file each; the registry says which of them compete with which operator."""
+
+from __future__ import annotations
+
+from bench.competitors import ggml, onnxruntime, torch_dense, torch_int4, torch_int8_dynamic
+from bench.problem import Competitor
+
+# Operator -> its competitors, in the order of result files and tables.
+COMPETITORS: dict[str, tuple[Competitor, ...]] = {
+    "lowbit_linear": (
+        torch_dense.FP32,
+        torch_dense.BF16,
+        torch_int4.INT4,
+        torch_int8_dynamic.INT8_DYNAMIC,
+        onnxruntime.ONNXRUNTIME,
+        ggml.GGML,
+    ),
+}
