@@ -30,7 +30,7 @@ demo: build
 	$(BIN)/openwork demo $(ARGS)
 
 test: cpp-test $(STAMPS)/testing
-	OPENWORK_BUILD_DIR=$$(ls -d build/cp*) $(BIN)/python -m pytest $(ARGS)
+	OPENWORK_BUILD_DIR=$$(ls -td build/cp*/ | head -n 1) $(BIN)/python -m pytest $(ARGS)
 
 build: $(STAMPS)/package
 

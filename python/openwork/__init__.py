@@ -14,7 +14,7 @@ from .packing import PackedWeight
 # These build on the names above.
 from . import checkpoint, models, quant  # isort: skip
 from .checkpoint import save
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .models import generate, load
 
 __version__ = "0.1.0"

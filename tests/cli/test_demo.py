@@ -13,7 +13,7 @@ from openwork.cli import app, llama_cpp
 from openwork.cli import demo as demo_module
 from openwork.cli.demo_report import Row, to_json
 from openwork.errors import DownloadError
-from openwork.evaluate import EvalResult
+from openwork.evaluation import EvalResult
 from openwork.models.demo import DemoText, fetch_model, fetch_text
 from openwork.throughput import Speed
 

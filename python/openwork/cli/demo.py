@@ -20,7 +20,7 @@ from openwork.cli.calibration import calibration_tokens
 from openwork.cli.demo_report import Row, draw, table, to_json
 from openwork.cli.files import check_writable, write_file
 from openwork.cli.options import Dtype, Threads, load_model, set_threads
-from openwork.evaluate import EvalResult, evaluate, predictions
+from openwork.evaluation import EvalResult, evaluate, predictions
 from openwork.models import Llama, Tokenizer
 from openwork.models.demo import SYSTEM_PROMPT, fetch_model, fetch_text
 from openwork.throughput import Speed, engine, speeds

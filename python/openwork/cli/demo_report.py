@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from openwork.evaluate import EvalResult
+from openwork.evaluation import EvalResult
 from openwork.throughput import Speed
 
 # Of the plot: models that share a method share a colour.
@@ -49,7 +49,8 @@ def table(rows: Sequence[Row], competitors: Mapping[str, Speed], title: str) -> 
         out.add_row(name, "", "", "", "", *_speed(speed, first))
     out.caption = (
         "MB: all weights in memory, the embedding included. KL (nats a token) and top-1 (same "
-        f"likeliest token): against {rows[0].name}. Competitors run the same model file."
+        f"likeliest token): against {rows[0].name}. Competitors run the same model file, "
+        "in the build their package ships."
     )
     return out
 

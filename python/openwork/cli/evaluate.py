@@ -16,7 +16,7 @@ from torch import Tensor
 from openwork import models
 from openwork.cli.files import read_text
 from openwork.cli.options import Dtype, ModelPath, RunDtype, Threads, load_model, set_threads
-from openwork.evaluate import evaluate as score
+from openwork.evaluation import evaluate as score
 from openwork.models import Llama, Tokenizer
 from openwork.models.demo import fetch_text
 
@@ -72,7 +72,7 @@ def text_tokens(
     Args:
         tokenizer: of the model.
         path: of the text; None for the evaluation half of the demo's.
-        window, stride, max_windows: see :func:`openwork.evaluate.evaluate`.
+        window, stride, max_windows: see :func:`openwork.evaluate`.
 
     Raises:
         OSError, FormatError, DownloadError: the text cannot be had.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openwork.evaluate import Reference, evaluate, predictions, windows
+from openwork.evaluation import Reference, evaluate, predictions, windows
 from openwork.models import Llama, LlamaConfig
 
 TOKENS = torch.randint(0, 90, (70,), generator=torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ def test_chunks_of_positions_change_nothing(
     model: Llama, dense: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(model, TOKENS, reference=dense, **SIZES)
-    monkeypatch.setattr("openwork.evaluate._CHUNK", 5)
+    monkeypatch.setattr("openwork.evaluation._CHUNK", 5)
     parts = evaluate(model, TOKENS, reference=dense, **SIZES)
     assert (parts.tokens, parts.agreement) == (whole.tokens, whole.agreement)
     assert parts.ppl == pytest.approx(whole.ppl, rel=1e-6)
