@@ -61,6 +61,8 @@ def test_stream_holds_back_incomplete_characters() -> None:
     ids = tokenizer.encode("aß漢🙂b")
     assert len(ids) == 1 + 2 + 3 + 4 + 1
     assert list(tokenizer.stream(ids)) == ["a", "ß", "漢", "🙂", "b"]
+    # Cut inside the last character but one: what is left of it still comes out.
+    assert "".join(tokenizer.stream(ids[:-2])) == tokenizer.decode(ids[:-2])
 
 
 def test_control_tokens() -> None:

@@ -63,13 +63,20 @@ class Tokenizer:
         """Text piece by piece as ids arrive.
 
         A piece is held back while its bytes do not yet make whole characters, so the pieces joined
-        are the text of the ids.
+        are the text of the ids; what never became a character comes last, as ``decode`` shows it.
         """
         stream = decoders.DecodeStream(skip_special_tokens=True)
+        seen: list[int] = []
+        length = 0
         for i in ids:
+            seen.append(i)
             piece = stream.step(self.inner, i)
             if piece:
+                length += len(piece)
                 yield piece
+        rest = self.decode(seen)[length:]
+        if rest:
+            yield rest
 
     def chat(self, messages: Iterable[tuple[str, str]]) -> list[int]:
         """Token ids of a conversation in ChatML, open for the assistant's answer.
