@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check, check_float, check_shape
+
 # Overloads, looked up once: finding them by name costs half a microsecond a call.
 _rms_norm = torch.ops.openwork.rms_norm.default
 _silu_mul = torch.ops.openwork.silu_mul.default
@@ -124,34 +126,21 @@ def rope_append(
     return q
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_float(op: str, x: Tensor) -> None:
-    name = str(x.dtype).removeprefix("torch.")
-    _check(x.dtype in _FLOATS, f"{op}: x must be float32, bfloat16 or float16, got {name}")
-
-
 @torch.library.register_fake("openwork::rms_norm")
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check_float("rms_norm", x)
-    _check(
+    check_float("rms_norm", "x", x)
+    check(
         x.dim() >= 1 and x.shape[-1] >= 1,
         f"rms_norm: x must have a last dimension of at least 1, got {list(x.shape)}",
     )
-    _check_shape("rms_norm", "weight", weight, [x.shape[-1]])
+    check_shape("rms_norm", "weight", weight, [x.shape[-1]])
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("openwork::silu_mul")
 def _silu_mul_fake(x: Tensor) -> Tensor:
-    _check_float("silu_mul", x)
-    _check(
+    check_float("silu_mul", "x", x)
+    check(
         x.dim() >= 1 and x.shape[-1] >= 2 and x.shape[-1] % 2 == 0,
         f"silu_mul: x must have an even last dimension (gate and up), got {list(x.shape)}",
     )
@@ -159,20 +148,13 @@ def _silu_mul_fake(x: Tensor) -> Tensor:
 
 
 def _check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    _check_float(op, x)
-    _check(
+    check_float(op, "x", x)
+    check(
         x.dim() == 4 and x.shape[3] >= 2 and x.shape[3] % 2 == 0,
         f"{op}: x must be [b, t, h, d] with d even, got {list(x.shape)}",
     )
     for name, table in (("cos", cos), ("sin", sin)):
-        _check_shape(op, name, table, [x.shape[1], x.shape[3] // 2])
-
-
-def _check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
-    _check(
-        list(tensor.shape) == want,
-        f"{op}: {name} must have shape {want}, got {list(tensor.shape)}",
-    )
+        check_shape(op, name, table, [x.shape[1], x.shape[3] // 2])
 
 
 @torch.library.register_fake("openwork::rope")
@@ -187,16 +169,16 @@ def _rope_append_fake(
 ) -> Tensor:
     op = "rope_append"
     _check_rope(op, x, cos, sin)
-    _check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
+    check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
     b, t, heads, d = x.shape
     g, max_len = keys.shape[1:3]
-    _check(
+    check(
         heads > 2 * g,
         f"{op}: x must have more than 2 * kv_heads = {2 * g} heads, got {heads}",
     )
     for name, cache in (("keys", keys), ("values", values)):
-        _check_shape(op, name, cache, [b, g, max_len, d])
-    _check(
+        check_shape(op, name, cache, [b, g, max_len, d])
+    check(
         0 <= position <= max_len - t,
         f"{op}: position must be in 0 .. {max_len - t} (max_len less the tokens of x), "
         f"got {position}",

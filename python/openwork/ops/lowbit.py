@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .._native import layouts
 from ..packing import PackedWeight, layout_for_bits
+from .checks import check, check_dtype, check_float, check_shape
 
 Compute = Literal["float", "int8"]
 
 _COMPUTE_IDS = {"float": 0, "int8": 1}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The overload, looked up once: finding it by name costs half a microsecond a call.
 lowbit_linear_overload = torch.ops.openwork.lowbit_linear.default
 
@@ -180,33 +180,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_float(op: str, name: str, tensor: Tensor) -> None:
-    _check(
-        tensor.dtype in _FLOATS,
-        f"{op}: {name} must be float32, bfloat16 or float16, got {_name(tensor.dtype)}",
-    )
-
-
-def _check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
-    _check(
-        list(tensor.shape) == want,
-        f"{op}: {name} must have shape {want}, got {list(tensor.shape)}",
-    )
-
-
-def _check_dtype(op: str, name: str, tensor: Tensor, want: torch.dtype) -> None:
-    _check(tensor.dtype == want, f"{op}: {name} must be {_name(want)}, got {_name(tensor.dtype)}")
-
-
 def _packed_shape(bits: int, n: int, k: int) -> list[int]:
     k_block, lines = (32, 3) if bits == 3 else (16, bits // 2)
     k_padded = -(-k // _PAD_K) * _PAD_K
@@ -214,11 +187,11 @@ def _packed_shape(bits: int, n: int, k: int) -> list[int]:
 
 
 def _groups(op: str, n: int, k: int, group_size: int) -> int:
-    _check(
+    check(
         n >= 1 and k >= 1,
         f"{op}: weight must have at least one row and one column, got n = {n}, k = {k}",
     )
-    _check(
+    check(
         group_size in (16, 32, 64, 128, k),
         f"{op}: group_size must be 16, 32, 64, 128 or k = {k}, got {group_size}",
     )
@@ -240,18 +213,18 @@ def _lowbit_linear_fake(
     compute: int,
 ) -> Tensor:
     op = "lowbit_linear"
-    _check_float(op, "x", x)
-    _check(
+    check_float(op, "x", x)
+    check(
         x.dim() >= 1 and x.shape[-1] == k,
         f"{op}: x must have last dimension k = {k} (from weight), got {list(x.shape)}",
     )
     _check_packed(op, packed, scales, zeros, layout, n, k, group_size)
     if bias is not None:
-        _check_dtype(op, "bias", bias, x.dtype)
-        _check_shape(op, "bias", bias, [n])
+        check_dtype(op, "bias", bias, x.dtype)
+        check_shape(op, "bias", bias, [n])
     if add is not None:
-        _check_dtype(op, "add", add, x.dtype)
-        _check_shape(op, "add", add, [*x.shape[:-1], n])
+        check_dtype(op, "add", add, x.dtype)
+        check_shape(op, "add", add, [*x.shape[:-1], n])
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -266,26 +239,26 @@ def _check_packed(
     group_size: int,
 ) -> None:
     tags = layouts()
-    _check(
+    check(
         0 <= layout < len(tags),
         f"{op}: layout must be one this build reads, got id {layout}; "
         "re-pack with openwork.pack_lowbit",
     )
     bits = int(tags[layout][1])
     groups = _groups(op, n, k, group_size)
-    _check_dtype(op, "packed", packed, torch.uint8)
-    _check_shape(op, "packed", packed, _packed_shape(bits, n, k))
-    _check_float(op, "scales", scales)
-    _check_shape(op, "scales", scales, [-(-n // _PANEL), groups, _PANEL])
+    check_dtype(op, "packed", packed, torch.uint8)
+    check_shape(op, "packed", packed, _packed_shape(bits, n, k))
+    check_float(op, "scales", scales)
+    check_shape(op, "scales", scales, [-(-n // _PANEL), groups, _PANEL])
     if zeros is not None:
-        _check_dtype(op, "zeros", zeros, torch.uint8)
-        _check_shape(op, "zeros", zeros, [-(-n // _PANEL), groups, _PANEL])
+        check_dtype(op, "zeros", zeros, torch.uint8)
+        check_shape(op, "zeros", zeros, [-(-n // _PANEL), groups, _PANEL])
 
 
 @torch.library.register_fake("openwork::quantize_rows")
 def _quantize_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_float("quantize_rows", "x", x)
-    _check(
+    check_float("quantize_rows", "x", x)
+    check(
         x.dim() >= 1 and x.shape[-1] >= 1,
         f"quantize_rows: x must have a last dimension of at least 1, got {list(x.shape)}",
     )
@@ -300,16 +273,16 @@ def _pack_lowbit_fake(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "pack_lowbit"
-    _check(bits in (2, 3, 4, 8), f"{op}: bits must be 2, 3, 4 or 8, got {bits}")
-    _check_dtype(op, "codes", codes, torch.uint8)
-    _check(codes.dim() == 2, f"{op}: codes must be [n, k], got {list(codes.shape)}")
+    check(bits in (2, 3, 4, 8), f"{op}: bits must be 2, 3, 4 or 8, got {bits}")
+    check_dtype(op, "codes", codes, torch.uint8)
+    check(codes.dim() == 2, f"{op}: codes must be [n, k], got {list(codes.shape)}")
     n, k = codes.shape
     groups = _groups(op, n, k, group_size)
-    _check_float(op, "scales", scales)
-    _check_shape(op, "scales", scales, [n, groups])
+    check_float(op, "scales", scales)
+    check_shape(op, "scales", scales, [n, groups])
     if zeros is not None:
-        _check_dtype(op, "zeros", zeros, torch.uint8)
-        _check_shape(op, "zeros", zeros, [n, groups])
+        check_dtype(op, "zeros", zeros, torch.uint8)
+        check_shape(op, "zeros", zeros, [n, groups])
     panels = -(-n // _PANEL)
     return (
         codes.new_empty(_packed_shape(bits, n, k)),
