@@ -9,8 +9,6 @@ import openwork
 from openwork.testing import CASES, OpCase, Reject, Sample
 from openwork.testing.case import as_tuple
 
-TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
-
 
 def _each_sample() -> list[object]:
     return [pytest.param(c, s, id=f"{c.name}-{s.name}") for c in CASES for s in c.samples()]
@@ -20,19 +18,8 @@ def _each_reject() -> list[object]:
     return [pytest.param(c, r, id=f"{c.name}-{r.name}") for c in CASES for r in c.rejects()]
 
 
-@pytest.fixture(params=TIERS)
-def tier(request):
-    best = openwork.info().cpu_isa
-    if TIERS.index(request.param) > TIERS.index(best):
-        pytest.skip(f"this CPU has no {request.param}")
-    before = openwork.isa()
-    openwork.set_isa(request.param)
-    yield request.param
-    openwork.set_isa(before)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_equals_reference(case: OpCase, tier: str) -> None:
+def test_equals_reference(case: OpCase, isa: str) -> None:
     for sample in case.samples():
         case.check(sample)
 
