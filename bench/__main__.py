@@ -128,12 +128,18 @@ def run(
         # After every row: a run of an hour that is interrupted keeps what it measured.
         save()
 
-    failures = suite.run(selected, settings, peaks, console, done)
+    stream = machine.ReadStream(threads, tier)
+    failures = suite.run(selected, settings, peaks, stream, console, done)
     if whole_model is not None:
         console.print(f"[dim]end to end[/] {whole_model.name}")
         try:
             for row in end_to_end.run(
-                whole_model, threads=threads, rounds=rounds, seconds=seconds, console=console
+                whole_model,
+                threads=threads,
+                rounds=rounds,
+                seconds=seconds,
+                stream=stream,
+                console=console,
             ):
                 console.print(report.row_id(row["op"], row["params"]))
                 done(row)

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,9 +29,11 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from bench.competitors import ggml_library, llama_cpp
+from bench.machine import ReadStream
 from bench.problem import CheckError
 from openwork import throughput
+from openwork.cli import llama_cpp
+from openwork.cli.llama_cpp import Session, missing
 from openwork.throughput import DECODE, PREFILL
 from openwork.timing import Contender, Times, interleave
 
@@ -124,7 +127,7 @@ def llama_engines(path: Path, threads: int, stack: ExitStack) -> list[Engine]:
             llama_cpp.requantize(path, files[name][0], name, threads)
     engines = []
     for name, (file, bits) in files.items():
-        session = llama_cpp.Session(file, threads=threads, max_tokens=PREFILL)
+        session = Session(file, threads=threads, max_tokens=PREFILL)
         stack.callback(session.close)
         phases: dict[str, Run] = {"prefill": session.prefill, "decode": session.decode}
         engines.append(Engine(f"llama.cpp {name}", bits, phases))
@@ -157,7 +160,12 @@ def _discard(run: Run, tokens: NDArray[np.int64], group: int) -> None:
 
 
 def _time(
-    engines: Sequence[Engine], phase: str, tokens: NDArray[np.int64], rounds: int, seconds: float
+    engines: Sequence[Engine],
+    phase: str,
+    tokens: NDArray[np.int64],
+    rounds: int,
+    seconds: float,
+    **others: Contender,
 ) -> dict[str, Times]:
     count = PHASES[phase]
     given = tokens[:count]
@@ -165,7 +173,7 @@ def _time(
         engine.name: Contender(partial(_discard, engine.phases[phase], given), 1, count)
         for engine in engines
     }
-    return interleave(contenders, rounds=rounds, seconds=seconds)
+    return interleave({**contenders, **others}, rounds=rounds, seconds=seconds)
 
 
 def _fastest(engines: Sequence[Engine], phase: str, tokens: NDArray[np.int64]) -> Engine | None:
@@ -215,14 +223,20 @@ def _row(
 
 
 def run(
-    path: Path, *, threads: int, rounds: int, seconds: float, console: Console
+    path: Path,
+    *,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    stream: ReadStream,
+    console: Console,
 ) -> list[dict[str, Any]]:
     """Rows of both phases for every openwork engine; rates are added by the caller."""
     torch.set_num_threads(threads)
     with ExitStack() as stack:
         ours = openwork_engines(path)
         theirs: list[Engine] = []
-        reason = ggml_library.missing()
+        reason = missing()
         if reason:
             console.print(f"[yellow]skipped llama.cpp: {reason}")
         else:
@@ -243,6 +257,8 @@ def run(
         for phase in PHASES:
             rival = _fastest(theirs, phase, tokens)
             timed = [*ours, *([rival] if rival else [])]
-            times = _time(timed, phase, tokens, rounds, seconds)
-            rows += [_row(engine, phase, times, rival, params) for engine in ours]
+            reads: list[float] = []
+            times = _time(timed, phase, tokens, rounds, seconds, read=stream.read_into(reads))
+            read = {"read_gb_s": median(reads) / 1e9}
+            rows += [_row(engine, phase, times, rival, params) | read for engine in ours]
         return rows

@@ -28,10 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.competitors import ggml_library
+from openwork.cli import llama_cpp
+from openwork.timing import Contender
 
 HUGE_PAGE = 2 << 20
 STREAM_BYTES = 512 << 20
+# Of the samples between those of a row's contenders: some milliseconds.
+READ_BYTES = 128 << 20
 UNITS = ("fp32", "bf16", "int8")
 TRIES = 7
 # A try must last long enough for the clock and the barrier not to matter.
@@ -173,7 +176,7 @@ def describe(tier: str) -> Machine:
         system=platform.platform(),
         python=sys.version.split()[0],
         versions={name: found for name in PACKAGES if (found := _version(name))},
-        ggml=ggml_library.describe(),
+        ggml=llama_cpp.describe(),
         git=_git(),
         tier=tier,
         load_average=[round(value, 2) for value in os.getloadavg()],
@@ -228,6 +231,40 @@ def _peak(unit: str, tier: str, index: int) -> float:
     return float(_kernels.peak_ops(unit, tier, PEAK_SECONDS))
 
 
+class ReadStream:
+    """Streams from memory on all threads at once.
+
+    Args:
+        threads: that read.
+        tier: whose loop of the test module ``openwork._kernels`` they run.
+        buffer_bytes: walked through from one measurement to the next.
+    """
+
+    def __init__(self, threads: int, tier: str, buffer_bytes: int = STREAM_BYTES) -> None:
+        self.threads, self.tier = threads, tier
+        share = buffer_bytes // threads // HUGE_PAGE * HUGE_PAGE
+        buffer = huge_buffer(share * threads)
+        self._parts = [buffer[index * share : (index + 1) * share] for index in range(threads)]
+        self._begin = 0
+
+    def rate(self, count: int = READ_BYTES) -> float:
+        """Bytes per second over the next ``count`` bytes, or to the end of the buffer."""
+        from openwork import _kernels
+
+        begin, size = self._begin, len(self._parts[0])
+        end = min(begin + max(HUGE_PAGE, count // self.threads), size)
+        parts = [part[begin:end] for part in self._parts]
+        self._begin = 0 if end == size else end
+        seconds = _together(
+            self.threads, lambda i: float(_kernels.stream_read(parts[i], 1, self.tier))
+        )
+        return sum((end - begin) / s for s in seconds)
+
+    def read_into(self, rates: list[float]) -> Contender:
+        """Takes turns with other contenders and leaves its rates in ``rates``."""
+        return Contender(lambda _: rates.append(self.rate()), groups=1, calls=1)
+
+
 def measure_peaks(
     threads: int, tier: str, *, tries: int = TRIES, buffer_bytes: int = STREAM_BYTES
 ) -> Peaks:
@@ -236,19 +273,14 @@ def measure_peaks(
     The measured loops are those of the test module ``openwork._kernels``. The kinds of peak are
     interleaved, so that a slow moment of the machine does not hit all tries of one kind.
     """
-    from openwork import _kernels
-
     peaks = Peaks(threads)
-    share = buffer_bytes // threads // HUGE_PAGE * HUGE_PAGE
-    buffer = huge_buffer(share * threads)
-    parts = [buffer[index * share : (index + 1) * share] for index in range(threads)]
+    stream = ReadStream(threads, tier, buffer_bytes)
     units = [unit for unit in UNITS if _has_unit(unit, tier)]
     for _ in range(tries):
         for unit in units:
             rates = _together(threads, partial(_peak, unit, tier))
             peaks.ops[unit].append(sum(rates))
-        seconds = _together(threads, lambda i: _kernels.stream_read(parts[i], 1, tier))
-        peaks.read.append(sum(share / s for s in seconds))
+        peaks.read.append(stream.rate(buffer_bytes))
     return peaks
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from rich.console import Console
 
 from bench import roofline
 from bench.competitors import COMPETITORS
-from bench.machine import Peaks
+from bench.machine import Peaks, ReadStream
 from bench.problem import CheckError, Competitor, Prepared, Problem, Variant, check, tolerance
 from bench.report import Row, row_id
 from openwork.testing import CASES, Cost, OpCase, Workload
 from openwork.timing import MIN_ROUNDS, MIN_SECONDS, Contender, Times, interleave
 
-OURS = "openwork"
+OURS, READ = "openwork", "read"
 # Samples shorter than this are dominated by the clock and by the call; several calls make one.
 MIN_SAMPLE_SECONDS = 2e-3
 # Weights walked through are this many times the last-level cache: even a cache that keeps some of
@@ -188,6 +189,7 @@ def run_item(
     settings: Settings,
     competitors: Sequence[Competitor],
     peaks: Peaks,
+    stream: ReadStream,
     console: Console,
 ) -> Row:
     """Check and time one workload.
@@ -200,7 +202,10 @@ def run_item(
     """
     torch.set_num_threads(settings.threads)
     cost = item.cost
-    floor = roofline.roof_seconds(cost.bytes, cost.ops, cost.unit, peaks)
+    floor = roofline.roof_seconds(
+        cost.bytes, cost.ops, peaks.read_rate(), peaks.ops_rate(cost.unit)
+    )
+    reads: list[float] = []
     with ExitStack() as stack, torch.inference_mode():
         contenders: dict[str, Contender] = {OURS: ours(item, settings, floor)}
         chosen: dict[str, tuple[Variant, Prepared]] = {}
@@ -211,6 +216,7 @@ def run_item(
                 if found is not None:
                     chosen[competitor.name] = found
                     contenders[competitor.name] = found[1]
+        contenders[READ] = stream.read_into(reads)
         times = interleave(contenders, rounds=settings.rounds, seconds=settings.seconds)
         rivals = {
             name: {
@@ -222,7 +228,7 @@ def run_item(
             for name, (variant, prepared) in chosen.items()
         }
     _warn_of_cached_weights(item, rivals, peaks, console)
-    return _row(item, times[OURS], rivals)
+    return {**_row(item, times[OURS], rivals), "read_gb_s": median(reads) / 1e9}
 
 
 def _warn_of_cached_weights(
@@ -259,7 +265,9 @@ def add_rates(rows: Sequence[Row], tier: str, peaks: Peaks) -> list[Row]:
     """Rows with ``tier``, ``gb_s``, ``gflop_s``, ``roof_share`` and ``bound``."""
     finished = []
     for row in rows:
-        rates = roofline.rates(row["bytes"], row["ops"], row["unit"], row["median_s"], peaks)
+        rates = roofline.rates(
+            row["bytes"], row["ops"], row["unit"], row["median_s"], row["read_gb_s"] * 1e9, peaks
+        )
         finished.append(
             {
                 **row,
@@ -277,6 +285,7 @@ def run(
     selected: Sequence[Item],
     settings: Settings,
     peaks: Peaks,
+    stream: ReadStream,
     console: Console,
     done: Callable[[Row], None],
 ) -> list[str]:
@@ -289,7 +298,7 @@ def run(
     for index, item in enumerate(selected, 1):
         console.print(f"[dim]{index}/{len(selected)}[/] {item.name}")
         try:
-            done(run_item(item, settings, wanted[item.case.name], peaks, console))
+            done(run_item(item, settings, wanted[item.case.name], peaks, stream, console))
         except (CheckError, AssertionError) as error:
             failures.append(f"{item.name}: {error}")
             console.print(f"[red]wrong result, not timed: {error}")

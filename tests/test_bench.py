@@ -6,7 +6,6 @@ import json
 import math
 import time
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,16 @@ from typer.testing import CliRunner
 
 from bench import __main__ as cli
 from bench import end_to_end, machine, plot, report, roofline, suite
-from bench.competitors import COMPETITORS, ggml, ggml_library, onnxruntime
+from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
 from bench.machine import Peaks
 from bench.problem import CheckError, Competitor, Prepared, Problem, Variant, check, tolerance
+from openwork.cli import llama_cpp
 from openwork.testing import CASES
 from openwork.timing import Contender, interleave, summarize
 
 PEAKS = Peaks(2, read=[40e9, 50e9], ops={"fp32": [100e9], "bf16": [200e9], "int8": [400e9]})
+STREAM = machine.ReadStream(1, "scalar", 8 << 20)
 MACHINE = {"cpu": "some", "cores": 2, "tier": "avx2", "peaks": PEAKS.summary()}
 
 
@@ -85,12 +86,12 @@ def test_summary_is_median_and_interquartile_range() -> None:
 
 def test_roof_is_the_higher_of_two_times() -> None:
     # 50 GB/s is the best of the tries; 400 G int8 operations a second.
-    assert roofline.roof_seconds(5e9, 1.0, "int8", PEAKS) == pytest.approx(0.1)
-    assert roofline.roof_seconds(1.0, 4e10, "int8", PEAKS) == pytest.approx(0.1)
-    found = roofline.rates(5e9, 1e9, "int8", 0.2, PEAKS)
+    assert roofline.roof_seconds(5e9, 1.0, 50e9, 400e9) == pytest.approx(0.1)
+    assert roofline.roof_seconds(1.0, 4e10, 50e9, 400e9) == pytest.approx(0.1)
+    found = roofline.rates(5e9, 1e9, "int8", 0.2, 50e9, PEAKS)
     assert (found.gb_s, found.gflop_s) == pytest.approx((25.0, 5.0))
     assert (found.roof_share, found.bound) == (pytest.approx(0.5), "memory")
-    assert roofline.rates(1.0, 4e10, "int8", 0.2, PEAKS).bound == "int8"
+    assert roofline.rates(1.0, 4e10, "int8", 0.2, 50e9, PEAKS).bound == "int8"
 
 
 def test_unit_without_an_instruction_runs_at_the_fp32_peak() -> None:
@@ -115,6 +116,15 @@ def test_peaks_are_positive_and_threads_add_up() -> None:
     found.extend(machine.measure_peaks(2, "scalar", tries=1, buffer_bytes=8 << 20))
     assert found.read_rate() > 0
     assert found.ops_rate("fp32") > 0
+
+
+def test_stream_goes_round() -> None:
+    rates: list[float] = []
+    contender = machine.ReadStream(2, "scalar", 12 << 20).read_into(rates)
+    for _ in range(3):
+        contender.run(0)
+    assert len(rates) == 3
+    assert min(rates) > 0
 
 
 def test_plan_exceeds_the_cache_in_whole_samples() -> None:
@@ -169,7 +179,7 @@ def test_every_installed_competitor_computes_the_product(name: str, bits: int) -
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (onnxruntime, ggml_library):
+    for module in (onnxruntime, llama_cpp):
         monkeypatch.setattr(module, "find_spec", lambda _: None)
     assert onnxruntime.ONNXRUNTIME.missing() == (
         "package onnxruntime and onnx is not installed"
@@ -220,7 +230,7 @@ def test_run_writes_checked_rows_of_the_agreed_form(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     rows: list[report.Row] = []
     try:
-        assert suite.run([item], settings, PEAKS, cli.console, rows.append) == []
+        assert suite.run([item], settings, PEAKS, STREAM, cli.console, rows.append) == []
     finally:
         torch.set_num_threads(before)
     path = tmp_path / "new" / "rows.json"
@@ -242,7 +252,7 @@ def test_wrong_result_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(suite, "run_item", wrong)
     rows: list[report.Row] = []
     settings = suite.Settings(threads=1, cold_bytes=1, against=frozenset())
-    failures = suite.run([item], settings, PEAKS, cli.console, rows.append)
+    failures = suite.run([item], settings, PEAKS, STREAM, cli.console, rows.append)
     assert rows == []
     assert failures == [f"{item.name}: element 3 is 1, expected 2"]
 
@@ -304,8 +314,3 @@ def test_divergence_is_zero_for_equal_and_large_for_unrelated() -> None:
     assert end_to_end.divergence(logits + 3, logits) == pytest.approx(0, abs=1e-9)
     assert end_to_end.divergence(0 * logits, logits) > 1
     assert math.isnan(end_to_end.divergence(np.nan * logits, logits))
-
-
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-def test_native_library_is_preferred() -> None:
-    assert ggml_library.package() == "llama-cpp-python"

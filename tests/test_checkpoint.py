@@ -16,13 +16,15 @@ import safetensors
 import safetensors.torch
 import tokenizers
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from models.checkpoints import QWEN, random_model
+from models.damage import EXTREME, FUZZ, JSON_PIECES, Damage, damaged, damages, safetensors_header
+from torch import Tensor
 
 from openwork import checkpoint
 from openwork.errors import FormatError
-from openwork.models import Llama, LlamaConfig
+from openwork.models import Llama
 from openwork.models.hf import load_hf
 from openwork.models.tokenizer import Tokenizer
 from openwork.nn import LowbitLinear
@@ -30,20 +32,11 @@ from openwork.ops import unpack_lowbit
 from openwork.quant import quantize_model, rtn
 
 # Rows of 144 and 96: groups of 64 and 128 leave a short last one.
-SHAPE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 144, "ffn_size": 96, "layers": 2, "heads": 6, "kv_heads": 2,
-    "head_dim": 24, "context_length": 64, "eos_ids": (2,),
-}  # fmt: skip
+SHAPE: dict[str, Any] = {"vocab_size": 96, "hidden_size": 144, "head_dim": 24}
 
 
-def _model(family: str = "llama", **changes: Any) -> Llama:
-    torch.manual_seed(0)
-    config = LlamaConfig(family, **SHAPE | {"qkv_bias": family == "qwen2"} | changes)
-    model = Llama(config).eval().requires_grad_(False)
-    if config.qkv_bias:
-        for layer in model.layers:
-            nn.init.normal_(layer.attn.qkv.bias)
-    return model
+def _model(**changes: Any) -> Llama:
+    return random_model(**SHAPE | changes)
 
 
 def _quantized(*, head_bits: int | None = None, changes: Any = None, **grid: Any) -> Llama:
@@ -86,9 +79,7 @@ def test_round_trip_keeps_the_dtype_of_scales(tmp_path: Path, scale_dtype: torch
     _assert_same(model, checkpoint.load(tmp_path / "m"))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"family": "qwen2"}, {"tied_head": True}, {"layers": 1}, {"kv_heads": 6}]
-)
+@pytest.mark.parametrize("changes", [QWEN, {"tied_head": True}, {"layers": 1}, {"kv_heads": 6}])
 @pytest.mark.parametrize("head_bits", [None, 4])
 def test_round_trip_of_other_models(
     tmp_path: Path, changes: dict[str, Any], head_bits: int | None
@@ -126,7 +117,7 @@ def test_a_partly_dense_model(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_is_plain_hugging_face(tmp_path: Path) -> None:
-    model = _model("qwen2")
+    model = _model(**QWEN)
     checkpoint.save(model, tmp_path / "m")
     assert "quantization_config" not in json.loads((tmp_path / "m/config.json").read_text())
     assert torch.equal(load_hf(tmp_path / "m")(_tokens()), model(_tokens()))
@@ -200,11 +191,13 @@ def test_compressed_tensors_reads_and_writes_the_same(
 
 
 @pytest.mark.hf
-def test_transformers_loads_a_symmetric_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_transformers_loads_a_symmetric_model(tmp_path: Path, tied_head: bool) -> None:
     # Asymmetric ones it refuses (5.23): it expects zero points that are not packed.
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
-    model = _quantized(symmetric=True, group_size=128, head_bits=8)
+    changes = {"tied_head": tied_head}
+    model = _quantized(symmetric=True, group_size=128, head_bits=8, changes=changes)
     checkpoint.save(model, tmp_path / "m")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", dtype=torch.float32, local_files_only=True
@@ -437,36 +430,13 @@ def test_missing_files_are_named(copy: Path) -> None:
         checkpoint.load(copy)
 
 
-@given(
-    name=st.sampled_from(["model.safetensors", "config.json"]),
-    where=st.floats(0, 1, exclude_max=True),
-    value=st.integers(0, 255),
-    truncate=st.booleans(),
-)
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_damaged_files_are_named_or_harmless(
-    saved: Path, name: str, where: float, value: int, truncate: bool
-) -> None:
-    path = saved / name
-    original = path.read_bytes()
-    damaged = bytearray(original)
-    # Half of the positions in the header, which is where structure can break.
-    header = 8 + int.from_bytes(original[:8], "little") if name.endswith("tensors") else 0
-    position = (
-        int(where * 2 * header) if where * 2 * header < header else int(where * len(original))
-    )
-    if truncate:
-        del damaged[position:]
-    else:
-        damaged[position] = value
-    path.write_bytes(damaged)
-    message = None
-    try:
-        checkpoint.load(saved)
-    except FormatError as error:
-        message = str(error)
-    finally:
-        path.write_bytes(original)
-    assert message is None or str(saved) in message
+@FUZZ
+@given(damage=damages(EXTREME + JSON_PIECES), part=st.sampled_from(["config", "header", "all"]))
+def test_damaged_files_are_named_or_harmless(saved: Path, damage: Damage, part: str) -> None:
+    path = saved / ("config.json" if part == "config" else "model.safetensors")
+    region = safetensors_header(path) if part == "header" else None
+    with damaged(path, damage, region):
+        try:
+            checkpoint.load(saved)
+        except FormatError as error:
+            assert str(saved) in str(error)

@@ -128,7 +128,8 @@ def test_intrinsics_stay_in_tier_files() -> None:
     for path in _sources(".cpp", ".h"):
         if path.parent.name == "simd" or re.search(r"_avx\w+$", path.stem):
             continue
-        found = intrinsic.search(path.read_text())
+        # The hint of a loop that waits; processors that do not know it do nothing.
+        found = intrinsic.search(path.read_text().replace('asm volatile("pause")', ""))
         assert found is None, f"{path.relative_to(ROOT)} uses {found and found.group()}"
 
 

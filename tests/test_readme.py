@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models.checkpoints import add_tokenizer, random_model, write_gguf
@@ -18,13 +19,13 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sample.txt").write_text("the things that the others thought about. " * 1300)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    names: dict[str, object] = {}
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "model-4bit" / "config.json").exists()
     model = names["model"]
-    zeros = (model.layers[0].attn.o.weight == 0).float().mean()  # type: ignore[attr-defined]
+    zeros = (model.layers[0].attn.o.weight == 0).float().mean()
     assert 0.4 < zeros < 0.6
 
 

@@ -13,8 +13,9 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.competitors.ggml_library import ExtraBuffers, InitParameters, library, missing
+from bench.competitors.ggml_library import ExtraBuffers, InitParameters, library
 from bench.problem import Competitor, Prepared, Problem, Variant, uniform_weight
+from openwork.cli.llama_cpp import missing
 
 F32 = 0
 # bits -> formats of that width (ggml_type). Q4_0 and Q8_0 are symmetric in blocks of 32, Q4_1 is

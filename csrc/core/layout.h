@@ -7,7 +7,7 @@
 // X(name, version, bits)
 #define OW_LAYOUTS(X) \
   X(w2_n32k16, 1, 2)  \
-  X(w3_n32k32, 1, 3)  \
+  X(w3_n32k32, 2, 3)  \
   X(w4_n32k8, 1, 4)   \
   X(w8_n32k4, 1, 8)
 

@@ -10,7 +10,8 @@ struct Parallel {
   using Task = void (*)(const void* context, int64_t index);
 
   int64_t threads;
-  void (*run)(int64_t n, Task task, const void* context);
+  void* pool;  // what `run` runs on
+  void (*run)(void* pool, int64_t n, Task task, const void* context);
 
   // Calls body(i) once for each i in [0, n), in any order, on any thread.
   template <class Body>
@@ -19,14 +20,14 @@ struct Parallel {
       body(int64_t{0});
     } else if (n > 1) {
       run(
-          n, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); },
+          pool, n, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); },
           &body);
     }
   }
 };
 
 inline Parallel serial_parallel() {
-  return {1, [](int64_t n, Parallel::Task task, const void* context) {
+  return {1, nullptr, [](void*, int64_t n, Parallel::Task task, const void* context) {
             for (int64_t i = 0; i < n; ++i) task(context, i);
           }};
 }

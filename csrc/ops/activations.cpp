@@ -1,6 +1,4 @@
-#include "kernels/activations/activations.h"
-
-#include "ops/glue.h"
+#include "ops/rope_append.h"
 
 namespace ow {
 namespace {
@@ -15,7 +13,7 @@ Tensor rms_norm_op(const Tensor& x_any, const Tensor& weight, double eps) {
   check_shape(kOp, "weight", weight, {d});
   check_contiguous(kOp, "weight", weight);
   const Tensor x = as_contiguous(x_any);
-  Tensor y = empty_with_last(x, d, x.scalar_type());
+  Tensor y = empty_with_last(kOp, x, d, x.scalar_type());
   rms_norm({x.numel() / d, d, float_type(x), x.const_data_ptr(), weight.const_data_ptr(),
             float(eps), y.mutable_data_ptr()},
            active_isa(), torch_parallel());
@@ -29,11 +27,21 @@ Tensor silu_mul_op(const Tensor& x_any) {
            ": x must have an even last dimension (gate and up), got ", shape_text(x_any));
   const int64_t d = x_any.size(-1) / 2;
   const Tensor x = as_contiguous(x_any);
-  Tensor y = empty_with_last(x, d, x.scalar_type());
+  Tensor y = empty_with_last(kOp, x, d, x.scalar_type());
   silu_mul({x.numel() / (2 * d), d, float_type(x), x.const_data_ptr(), y.mutable_data_ptr()},
            active_isa(), torch_parallel());
   return y;
 }
+
+void check_heads(const char* op, const char* name, const Tensor& x) {
+  check_float(op, name, x);
+  OW_CHECK(x.dim() == 4 && x.size(3) >= 2 && x.size(3) % 2 == 0, op, ": ", name,
+           " must be [b, t, h, d] with d even, got ", shape_text(x));
+}
+
+HeadStrides head_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+}  // namespace
 
 void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t t, int64_t d) {
   for (const auto& [name, table] : {std::pair("cos", &cos), std::pair("sin", &sin)}) {
@@ -43,47 +51,87 @@ void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t 
   }
 }
 
-void check_heads(const char* op, const char* name, const Tensor& x) {
-  check_float(op, name, x);
-  OW_CHECK(x.dim() == 4 && x.size(3) >= 2 && x.size(3) % 2 == 0, op, ": ", name,
-           " must be [b, t, h, d] with d even, got ", shape_text(x));
+int64_t check_cache(const char* op, const Tensor& keys, const Tensor& values, int64_t b, int64_t t,
+                    int64_t d, ScalarType type, int64_t position) {
+  check_defined(op, "keys", keys);
+  OW_CHECK(keys.dim() == 4, op, ": keys must be [b, kv_heads, max_len, d], got ", shape_text(keys));
+  const int64_t g = keys.size(1);
+  const int64_t max_len = keys.size(2);
+  check_max_len(op, max_len);
+  for (const auto& [name, cache] : {std::pair("keys", &keys), std::pair("values", &values)}) {
+    check_dtype(op, name, *cache, type);
+    check_shape(op, name, *cache, {b, g, max_len, d});
+    check_last_stride(op, name, *cache);
+  }
+  OW_CHECK(position >= 0 && position <= max_len - t, op, ": position must be in 0 .. ", max_len - t,
+           " (max_len less the tokens of x), got ", position);
+  return g;
 }
 
-RopeArgs rope_args(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+RopeAppend::RopeAppend(int64_t b, int64_t t, int64_t h, int64_t d, FloatType type,
+                       const Tensor& cos, const Tensor& sin, const Tensor& keys,
+                       const Tensor& values, int64_t position)
+    : args_{}, kv_heads_(keys.size(1)) {
+  args_.b = b;
+  args_.t = t;
+  args_.h = args_.turned = h;
+  args_.d = d;
+  args_.type = type;
+  args_.cos = static_cast<const float*>(cos.const_data_ptr());
+  args_.sin = static_cast<const float*>(sin.const_data_ptr());
+  args_.y_strides = {t * h * d, h * d, d};
+  const int64_t size = float_size(type);
+  const auto place = [&](const Tensor& cache) {
+    return static_cast<char*>(cache.mutable_data_ptr()) + position * cache.stride(2) * size;
+  };
+  keys_ = place(keys);
+  key_strides_ = {keys.stride(0), keys.stride(2), keys.stride(1)};
+  values_ = place(values);
+  value_strides_ = {values.stride(0), values.stride(2), values.stride(1)};
+}
+
+void RopeAppend::run(const void* x, HeadStrides x_strides, void* q,
+                     const Parallel& parallel) const {
+  const Isa isa = active_isa();
+  RopeArgs args = args_;
+  args.x = x;
+  args.x_strides = x_strides;
+  args.y = q;
+  rope(args, isa, parallel);
+  const int64_t head_bytes = x_strides.h * float_size(args.type);
+  args.x = static_cast<const char*>(x) + args.h * head_bytes;
+  args.h = args.turned = kv_heads_;
+  args.y = keys_;
+  args.y_strides = key_strides_;
+  rope(args, isa, parallel);
+  args.x = static_cast<const char*>(args.x) + kv_heads_ * head_bytes;
+  args.turned = 0;
+  args.y = values_;
+  args.y_strides = value_strides_;
+  rope(args, isa, parallel);
+}
+
+namespace {
+
+Tensor rope_op(const Tensor& x_any, const Tensor& cos, const Tensor& sin) {
+  constexpr const char* kOp = "rope";
+  check_heads(kOp, "x", x_any);
+  const Tensor x = x_any.stride(3) == 1 ? x_any : torch::stable::contiguous(x_any);
   RopeArgs args{};
   args.b = x.size(0);
   args.t = x.size(1);
   args.h = args.turned = x.size(2);
   args.d = x.size(3);
+  check_tables(kOp, cos, sin, args.t, args.d);
+  Tensor y = fast_empty({args.b, args.t, args.h, args.d}, x.scalar_type());
   args.type = float_type(x);
   args.x = x.const_data_ptr();
-  args.x_strides = {x.stride(0), x.stride(1), x.stride(2)};
+  args.x_strides = head_strides(x);
   args.cos = static_cast<const float*>(cos.const_data_ptr());
   args.sin = static_cast<const float*>(sin.const_data_ptr());
-  return args;
-}
-
-// Sends heads [begin, begin + count) of `args` to `y`.
-RopeArgs heads_to(RopeArgs args, int64_t begin, int64_t count, void* y, HeadStrides strides) {
-  const int64_t size = float_size(args.type);
-  args.x = static_cast<const char*>(args.x) + begin * args.x_strides.h * size;
-  args.h = count;
-  args.turned = count;
-  args.y = y;
-  args.y_strides = strides;
-  return args;
-}
-
-Tensor rope_op(const Tensor& x_any, const Tensor& cos, const Tensor& sin) {
-  constexpr const char* kOp = "rope";
-  check_heads(kOp, "x", x_any);
-  check_tables(kOp, cos, sin, x_any.size(1), x_any.size(3));
-  const Tensor x = x_any.stride(3) == 1 ? x_any : torch::stable::contiguous(x_any);
-  const int64_t h = x.size(2);
-  const int64_t d = x.size(3);
-  Tensor y = fast_empty({x.size(0), x.size(1), h, d}, x.scalar_type());
-  rope(heads_to(rope_args(x, cos, sin), 0, h, y.mutable_data_ptr(), {x.size(1) * h * d, h * d, d}),
-       active_isa(), torch_parallel());
+  args.y = y.mutable_data_ptr();
+  args.y_strides = head_strides(y);
+  rope(args, active_isa(), torch_parallel());
   return y;
 }
 
@@ -95,38 +143,14 @@ Tensor rope_append_op(const Tensor& x_any, const Tensor& cos, const Tensor& sin,
   const int64_t t = x_any.size(1);
   const int64_t d = x_any.size(3);
   check_tables(kOp, cos, sin, t, d);
-  OW_CHECK(keys.dim() == 4, kOp, ": keys must be [b, kv_heads, max_len, d], got ",
-           shape_text(keys));
-  const int64_t g = keys.size(1);
+  const int64_t g = check_cache(kOp, keys, values, b, t, d, x_any.scalar_type(), position);
   const int64_t h = x_any.size(2) - 2 * g;
   OW_CHECK(h >= 1, kOp, ": x must have more than 2 * kv_heads = ", 2 * g, " heads, got ",
            x_any.size(2));
-  const int64_t max_len = keys.size(2);
-  for (const auto& [name, cache] : {std::pair("keys", &keys), std::pair("values", &values)}) {
-    check_dtype(kOp, name, *cache, x_any.scalar_type());
-    check_shape(kOp, name, *cache, {b, g, max_len, d});
-    OW_CHECK(cache->stride(3) == 1, kOp, ": ", name, " must have a last stride of 1, got ",
-             cache->stride(3));
-  }
-  OW_CHECK(position >= 0 && position <= max_len - t, kOp, ": position must be in 0 .. ",
-           max_len - t, " (max_len less the tokens of x), got ", position);
   const Tensor x = x_any.stride(3) == 1 ? x_any : torch::stable::contiguous(x_any);
   Tensor q = fast_empty({b, t, h, d}, x.scalar_type());
-  const RopeArgs args = rope_args(x, cos, sin);
-  const int64_t size = float_size(args.type);
-  const auto in_cache = [&](const Tensor& cache) {
-    return static_cast<char*>(cache.mutable_data_ptr()) + position * cache.stride(2) * size;
-  };
-  const auto cache_strides = [](const Tensor& cache) {
-    return HeadStrides{cache.stride(0), cache.stride(2), cache.stride(1)};
-  };
-  const Isa isa = active_isa();
-  const Parallel parallel = torch_parallel();
-  rope(heads_to(args, 0, h, q.mutable_data_ptr(), {t * h * d, h * d, d}), isa, parallel);
-  rope(heads_to(args, h, g, in_cache(keys), cache_strides(keys)), isa, parallel);
-  RopeArgs copy = heads_to(args, h + g, g, in_cache(values), cache_strides(values));
-  copy.turned = 0;
-  rope(copy, isa, parallel);
+  const RopeAppend step(b, t, h, d, float_type(x), cos, sin, keys, values, position);
+  step.run(x.const_data_ptr(), head_strides(x), q.mutable_data_ptr(), torch_parallel());
   return q;
 }
 

@@ -56,15 +56,24 @@ inline std::string shape_text(const Tensor& tensor) {
   return text.str();
 }
 
+inline void check_defined(const char* op, const char* name, const Tensor& tensor) {
+  OW_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got None");
+}
+
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType want) {
+  check_defined(op, name, tensor);
   OW_CHECK(tensor.scalar_type() == want, op, ": ", name, " must be ", dtype_name(want), ", got ",
            dtype_name(tensor.scalar_type()));
 }
 
+inline bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
 inline void check_float(const char* op, const char* name, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  OW_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-           op, ": ", name, " must be float32, bfloat16 or float16, got ", dtype_name(type));
+  check_defined(op, name, tensor);
+  OW_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
+           " must be float32, bfloat16 or float16, got ", dtype_name(tensor.scalar_type()));
 }
 
 template <size_t N>
@@ -75,6 +84,25 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const i
   std::ostringstream expected;
   for (size_t i = 0; i < N; ++i) expected << (i ? ", " : "") << want[i];
   fail(op, ": ", name, " must have shape [", expected.str(), "], got ", shape_text(tensor));
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
+// The elements of the last dimension must lie together.
+inline void check_last_stride(const char* op, const char* name, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  OW_CHECK(tensor.stride(last) == 1 || tensor.size(last) == 1, op, ": ", name,
+           " must have a last stride of 1, got ", tensor.stride(last));
+}
+
+// Tokens of a cache; a view that repeats one token may claim any number.
+inline void check_max_len(const char* op, int64_t max_len) {
+  OW_CHECK(max_len < int64_t{1} << 31, op, ": keys must have fewer than 2^31 tokens, got ",
+           max_len);
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {

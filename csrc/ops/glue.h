@@ -15,20 +15,21 @@
 
 namespace ow {
 
-inline FloatType float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline FloatType float_type(ScalarType type) {
+  switch (type) {
     case ScalarType::BFloat16: return FloatType::bf16;
     case ScalarType::Half: return FloatType::f16;
     default: return FloatType::f32;
   }
 }
+inline FloatType float_type(const Tensor& tensor) { return float_type(tensor.scalar_type()); }
+
+// Dimensions of a tensor the operators make.
+constexpr int64_t kMaxDim = 16;
 
 // A contiguous CPU tensor straight from the C shim. torch::stable::new_empty goes through the
 // dispatcher and boxes six optionals, which costs half of a small op's time.
 inline Tensor fast_empty(const int64_t* sizes, int64_t dim, ScalarType type) {
-  constexpr int64_t kMaxDim = 16;
-  OW_CHECK(dim <= kMaxDim, "openwork: a tensor must have at most ", kMaxDim, " dimensions, got ",
-           dim);
   int64_t strides[kMaxDim];
   int64_t step = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
@@ -48,10 +49,10 @@ inline Tensor fast_empty(std::initializer_list<int64_t> sizes, ScalarType type) 
 }
 
 // The shape of `like` with its last dimension replaced.
-inline Tensor empty_with_last(const Tensor& like, int64_t last, ScalarType type) {
-  int64_t sizes[16];
+inline Tensor empty_with_last(const char* op, const Tensor& like, int64_t last, ScalarType type) {
+  int64_t sizes[kMaxDim];
   const int64_t dim = like.dim();
-  OW_CHECK(dim <= 16, "openwork: a tensor must have at most 16 dimensions, got ", dim);
+  OW_CHECK(dim <= kMaxDim, op, ": x must have at most ", kMaxDim, " dimensions, got ", dim);
   for (int64_t i = 0; i + 1 < dim; ++i) sizes[i] = like.size(i);
   sizes[dim - 1] = last;
   return fast_empty(sizes, dim, type);
@@ -61,25 +62,18 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline const void* const_data(const Tensor& tensor) { return tensor.const_data_ptr(); }
-inline const void* const_data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+// Optional arguments as pointers.
+inline const Tensor* or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? &*tensor : nullptr;
+}
+inline const void* const_data(const Tensor* tensor) {
+  return tensor == nullptr ? nullptr : tensor->const_data_ptr();
 }
 
-// Scratch memory of one op call, cut into 64-byte aligned pieces. Small calls (decoding) reuse a
-// buffer of the calling thread; larger ones allocate a tensor.
-class Workspace {
+// Cuts memory into 64-byte aligned pieces.
+class Scratch {
  public:
-  explicit Workspace(int64_t bytes) {
-    constexpr int64_t kSmall = 256 * 1024;
-    alignas(64) static thread_local uint8_t small[kSmall];
-    if (bytes <= kSmall) {
-      next_ = small;
-    } else {
-      large_.emplace(fast_empty({bytes}, ScalarType::Byte));
-      next_ = static_cast<uint8_t*>(large_->mutable_data_ptr());
-    }
-  }
+  explicit Scratch(uint8_t* begin) : next_(begin) {}
 
   static int64_t bytes_for(int64_t bytes) { return round_up(bytes, 64); }
 
@@ -91,14 +85,35 @@ class Workspace {
   }
 
  private:
-  std::optional<Tensor> large_;
   uint8_t* next_;
+};
+
+// Scratch memory of one op call. Small calls (decoding) reuse a buffer of the calling thread;
+// larger ones allocate a tensor.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    constexpr int64_t kSmall = 256 * 1024;
+    alignas(64) static thread_local uint8_t small[kSmall];
+    if (bytes <= kSmall) {
+      begin_ = small;
+    } else {
+      large_ = fast_empty({bytes}, ScalarType::Byte);
+      begin_ = static_cast<uint8_t*>(large_->mutable_data_ptr());
+    }
+  }
+
+  Scratch scratch() const { return Scratch(begin_); }
+
+ private:
+  std::optional<Tensor> large_;
+  uint8_t* begin_;
 };
 
 // torch's intra-op pool, so torch.set_num_threads rules openwork too.
 inline Parallel torch_parallel() {
-  return {int64_t(torch::stable::get_num_threads()),
-          [](int64_t n, Parallel::Task task, const void* context) {
+  return {int64_t(torch::stable::get_num_threads()), nullptr,
+          [](void*, int64_t n, Parallel::Task task, const void* context) {
             torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) task(context, i);
             });

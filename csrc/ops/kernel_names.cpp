@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/activations/activations.h"
+#include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
 
@@ -16,9 +17,10 @@ struct KernelName {
 std::vector<KernelName> kernel_names() {
   constexpr KernelName kAll[] = {
 #define OW_NAME(isa, key, max_m, fn) {#fn, Isa::isa},
-      OW_LOWBIT_GEMM_KERNELS(OW_NAME)  //
-      OW_QUANTIZE_KERNELS(OW_NAME)     //
-      OW_ACTIVATIONS_KERNELS(OW_NAME)  //
+      OW_LOWBIT_GEMM_KERNELS(OW_NAME)       //
+      OW_QUANTIZE_KERNELS(OW_NAME)          //
+      OW_ACTIVATIONS_KERNELS(OW_NAME)       //
+      OW_DECODE_ATTENTION_KERNELS(OW_NAME)  //
 #undef OW_NAME
   };
   std::vector<KernelName> names;

@@ -15,6 +15,7 @@
 
 #include "core/layout.h"
 #include "kernels/activations/activations.h"
+#include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
 #include "testing/peaks.h"
@@ -112,6 +113,7 @@ std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table
   if (family == "lowbit_gemm") return {OW_LOWBIT_GEMM_KERNELS(OW_ROW)};
   if (family == "quantize") return {OW_QUANTIZE_KERNELS(OW_ROW)};
   if (family == "activations") return {OW_ACTIVATIONS_KERNELS(OW_ROW)};
+  if (family == "decode_attention") return {OW_DECODE_ATTENTION_KERNELS(OW_ROW)};
 #undef OW_ROW
   throw std::invalid_argument("unknown family " + family);
 }
@@ -240,11 +242,9 @@ void lowbit_gemm_kernel(const std::string& kernel, const py::array& x,
   std::vector<int8_t> digits;
   std::vector<int32_t> sums;
   if (args.digits == 0) {
-    rows.resize(size_t(args.m * args.k_padded), bf16{0});
-    const bf16* from = static_cast<const bf16*>(x.data());
-    for (int64_t i = 0; i < args.m; ++i) {
-      std::copy_n(from + i * args.k, args.k, rows.begin() + i * args.k_padded);
-    }
+    rows.resize(size_t(round_up(args.m, kTileRowBlock) * args.k_padded));
+    block_bf16_rows(static_cast<const bf16*>(x.data()), args.m, args.k, args.k_padded, rows.data(),
+                    serial_parallel());
     args.x = rows.data();
   } else {
     const int8_t* from = static_cast<const int8_t*>(x.data());
@@ -285,7 +285,9 @@ void silu_mul_kernel(const std::string& kernel, const py::array& x, py::array y)
   activation_kernels(kernel).silu_mul(args, 0, args.m);
 }
 
-HeadStrides head_strides(const py::array& array) {
+// HeadStrides or CacheStrides: of the first three of four dimensions, in elements.
+template <class Strides>
+Strides outer_strides(const py::array& array) {
   const int64_t size = array.itemsize();
   return {array.strides(0) / size, array.strides(1) / size, array.strides(2) / size};
 }
@@ -300,12 +302,44 @@ void rope_kernel(const std::string& kernel, const py::array& x, const Array<floa
   args.turned = turned;
   args.type = float_type(x, "x");
   args.x = x.data();
-  args.x_strides = head_strides(x);
+  args.x_strides = outer_strides<HeadStrides>(x);
   args.cos = cos.data();
   args.sin = sin.data();
   args.y = y.mutable_data();
-  args.y_strides = head_strides(y);
+  args.y_strides = outer_strides<HeadStrides>(y);
   activation_kernels(kernel).rope(args, 0, args.b * args.t);
+}
+
+void decode_attention_kernel(const std::string& kernel, const py::array& q, const py::array& keys,
+                             const py::array& values, float scale, py::array y) {
+  check_contiguous(q, "q");
+  DecodeAttentionArgs args{};
+  args.b = q.shape(0);
+  args.queries = q.shape(1);
+  args.heads = q.shape(2);
+  args.kv_heads = keys.shape(1);
+  args.d = q.shape(3);
+  args.n = keys.shape(2);
+  args.type = float_type(q, "q");
+  args.scale = scale;
+  args.q = q.data();
+  args.keys = keys.data();
+  args.key_strides = outer_strides<CacheStrides>(keys);
+  args.values = values.data();
+  args.value_strides = outer_strides<CacheStrides>(values);
+  // Poisoned: `attend` must write every state that `merge` reads.
+  std::vector<float> states(size_t(decode_attention_state_count(args)), bits_to_float(0x7fc00000));
+  args.states = states.data();
+  args.y = y.mutable_data();
+  const auto run = [&](const DecodeAttentionKernels& kernels) {
+    kernels.attend(args, 0, items_of(args) * chunks_of(args));
+    kernels.merge(args, 0, items_of(args));
+  };
+#define OW_ROW(isa, key, max_m, kernels) \
+  if (kernel == #kernels) return run(kernels);
+  OW_DECODE_ATTENTION_KERNELS(OW_ROW)
+#undef OW_ROW
+  throw std::invalid_argument("unknown kernel " + kernel);
 }
 
 }  // namespace
@@ -333,4 +367,9 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("rope", &ow::rope_kernel, py::arg("kernel"), py::arg("x"), py::arg("cos"), py::arg("sin"),
         py::arg("turned"), py::arg("y"),
         "Writes y [b, t, h, d]; x and y may be strided, their last dimension contiguous.");
+  m.def(
+      "decode_attention", &ow::decode_attention_kernel, py::arg("kernel"), py::arg("q"),
+      py::arg("keys"), py::arg("values"), py::arg("scale"), py::arg("y"),
+      "Writes y [b, queries, heads, d]; keys and values [b, kv_heads, n, d] may be strided, their "
+      "last dimension contiguous.");
 }

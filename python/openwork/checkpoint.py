@@ -4,6 +4,11 @@ Names and configuration are Hugging Face's; quantized linears are in the "pack-q
 the compressed-tensors library (:mod:`openwork.pack_quantized`). Fused linears are stored as the
 parts other libraries know (``q_proj``, ``k_proj``, ...). The packed layout the kernels read never
 reaches a file.
+
+Other libraries have no form for an embedding that shares the quantized weight of the head. Both are
+stored, the embedding as its rows in the model's dtype, and ``config.json`` says to those who know::
+
+    "openwork": {"embedding": "lm_head"}    the embedding equals the head: no need to read its rows
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +32,7 @@ from openwork.models.hf import SafetensorsWeights, read_json
 from openwork.models.llama import Llama
 from openwork.models.tokenizer import tokenizer_from_file
 from openwork.models.weights import Part, check_part, linear_parts, parameters, read_parts
-from openwork.nn import LowbitLinear
+from openwork.nn import LowbitEmbedding, LowbitLinear
 from openwork.ops import pack_lowbit, unpack_lowbit
 from openwork.ops.lowbit import Compute
 from openwork.pack_quantized import (
@@ -48,6 +54,9 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+# In config.json, under "openwork": the embedding is the quantized weight of the head.
+_SHARED = {"embedding": "lm_head"}
 
 
 def save(
@@ -81,6 +90,8 @@ def save(
     values = config_to_hf(config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     if schemes:
         values["quantization_config"] = schemes_to_config(schemes, config.layers)
+    if _shares_head(model):
+        values["openwork"] = _SHARED
     with _replacing(Path(directory), overwrite) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
@@ -115,15 +126,23 @@ def load(
     config = config_from_hf(values, str(path))
     schemes = schemes_from_config(Fields(values, str(path)).section("quantization_config"))
     weights = SafetensorsWeights(directory)
+    shared = _shared_in_file(values, str(path))
     dense: dict[str, tuple[Part, ...]] = {}
     packed: dict[str, tuple[tuple[Part, ...], Scheme]] = {}
     for name, parts in parameters(config):
+        if shared and name == "embed.weight":
+            continue
         if _is_linear(name, config) and weights.shape(f"{parts[0].name}_packed") is not None:
             packed[name.removesuffix(".weight")] = parts, find_scheme(weights, parts, schemes)
         else:
             for part in parts:
                 check_part(weights, part)
             dense[name] = parts
+    if shared and "head" not in packed:
+        raise FormatError(
+            f"{path}: an untied head with lm_head.weight_packed expected, since the embedding is "
+            "said to be lm_head; got none"
+        )
     with torch.device("meta"):  # no time or memory for initial values
         model = Llama(config)
     state = {name: read_parts(weights, parts, dtype) for name, parts in dense.items()}
@@ -138,11 +157,32 @@ def load(
             raise FormatError(f"{weights.where}: {name}: {error}") from error
         linear = LowbitLinear(weight, state.get(f"{name}.bias"), compute)
         setattr(model.get_submodule(parent), attribute, linear)
+        if shared and name == "head":
+            model.register_module("embed", LowbitEmbedding(weight, dtype))
     model.load_state_dict(state, assign=True)
     model.tie_head()
     if (directory / "tokenizer.json").exists():
         model.tokenizer = tokenizer_from_file(directory / "tokenizer.json")
     return model.eval().requires_grad_(False)
+
+
+def _shares_head(model: Llama) -> bool:
+    """Whether the embedding is the quantized weight of the head."""
+    embed, head = model.get_submodule("embed"), model.get_submodule("head")
+    both = isinstance(embed, LowbitEmbedding) and isinstance(head, LowbitLinear)
+    return both and embed.weight is head.weight
+
+
+def _shared_in_file(values: Mapping[str, Any], where: str) -> bool:
+    """The same of a file, by its ``config.json``.
+
+    Raises:
+        FormatError: it says what this version does not know.
+    """
+    found = values.get("openwork")
+    if found not in (None, _SHARED):
+        raise FormatError(f"{where}: openwork = {_SHARED} or none expected, got {found!r}")
+    return found is not None
 
 
 def _is_linear(name: str, config: LlamaConfig) -> bool:
@@ -165,7 +205,10 @@ def _export(model: Llama, config: LlamaConfig) -> tuple[dict[str, Tensor], dict[
                 tensors |= stored
                 schemes.setdefault(scheme, []).append(part.name.removesuffix(".weight"))
         else:
-            whole = getattr(module, kind).detach()
+            if isinstance(module, LowbitEmbedding):
+                whole = module(torch.arange(module.num_embeddings))
+            else:
+                whole = getattr(module, kind).detach()
             for part, tensor in zip(parts, torch.split(whole, rows), strict=True):
                 # The file format wants tensors that share no memory.
                 tensors[part.name] = tensor.contiguous() if len(parts) == 1 else tensor.clone()

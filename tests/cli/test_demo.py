@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.text import Text
+from rich.console import Console
 from typer.testing import CliRunner
 
 from openwork.cli import app, llama_cpp
 from openwork.cli import demo as demo_module
-from openwork.cli.demo_report import Row, to_json
+from openwork.cli.demo_report import Row, plot, to_json
 from openwork.errors import DownloadError
 from openwork.evaluation import EvalResult
 from openwork.models.demo import DemoText, fetch_model, fetch_text
-from openwork.throughput import Speed
+from openwork.throughput import Engine, Speed
 
 from .conftest import TEXT, Run
 
@@ -45,7 +49,7 @@ def small(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on a tiny model and a page of text, against nobody."""
     monkeypatch.setattr(demo_module, "fetch_model", lambda: gguf_file)
     monkeypatch.setattr(demo_module, "fetch_text", lambda: DemoText(TEXT * 3, TEXT * 3))
-    monkeypatch.setattr(llama_cpp, "missing", lambda: "llama.cpp is not measured")
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "no package")
 
 
 def test_quick_demo(run: Run, small: None, tmp_path: Path) -> None:
@@ -58,6 +62,27 @@ def test_quick_demo(run: Run, small: None, tmp_path: Path) -> None:
         assert name in shown
     assert (output / "quality-size.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in output.iterdir()} == {"numbers.json", "quality-size.png"}
+
+
+@pytest.mark.parametrize(("quantizer", "best"), [(True, Speed(3, 4)), (False, Speed(1, 4))])
+def test_the_better_format_of_llama_cpp_counts(
+    monkeypatch: pytest.MonkeyPatch, quantizer: bool, best: Speed
+) -> None:
+    measured = {"llama.cpp tiny": Speed(1, 4), "llama.cpp Q4_0": Speed(3, 2)}
+    for name, value in {
+        "missing": None,
+        "describe": "a package",
+        "can_requantize": quantizer,
+        "requantize": None,
+        "engine": Engine(len, len),
+    }.items():
+        monkeypatch.setattr(llama_cpp, name, lambda *_, value=value: value)
+    monkeypatch.setattr(
+        demo_module, "speeds", lambda engines, *_, **__: {name: measured[name] for name in engines}
+    )
+    notes = Console(file=io.StringIO())
+    _, theirs = demo_module._speed({}, Path("tiny.gguf"), torch.empty(0), 2, notes)
+    assert theirs == {"llama.cpp": best}
 
 
 def test_every_gptq_row_has_its_twin() -> None:
@@ -94,6 +119,29 @@ def test_infinite_perplexity_is_valid_json() -> None:
     content = json.loads(to_json([row], {"llama.cpp": Speed(3.0, 4.0)}))
     assert content["models"][0]["ppl"] is None
     assert content["competitors"] == {"llama.cpp": {"prefill_tps": 3.0, "decode_tps": 4.0}}
+
+
+@pytest.mark.parametrize("crowd", [1.0, 0.02, 0.0])
+def test_names_in_the_plot_cover_nothing(crowd: float) -> None:
+    """The full demo's models at sizes more and more alike."""
+    kls = {"dense-fp32": 0.0, "dense-bf16": 4e-4, "gptq-4bit-g128": 0.194, "rtn-4bit-g128": 0.395,
+           "gptq-4bit-g64": 0.159, "rtn-4bit-g64": 0.323, "gptq-3bit-g32": 0.53,
+           "rtn-3bit-g32": 1.08, "rtn-2bit-g64": 11.35}  # fmt: skip
+    rows = [
+        Row(name, int(1e8 + crowd * 5e7 * (9 - i)), EvalResult(9.0, kl, 0.5, 5), Speed(1, 1))
+        for i, (name, kl) in enumerate(kls.items())
+    ]
+    figure = plot(rows, "model")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert [note.get_text() for note in axes.texts] == sorted(kls, key=lambda name: kls[name])
+    boxes = [Text.get_window_extent(note) for note in axes.texts]
+    inside = axes.get_window_extent()
+    points = [line.get_window_extent() for line in axes.lines]
+    for i, box in enumerate(boxes):
+        assert box.count_overlaps([*boxes[:i], *boxes[i + 1 :], *points]) == 0
+        assert inside.x1 >= box.x1
+        assert inside.y1 >= box.y1
 
 
 @pytest.mark.demo

@@ -1,6 +1,7 @@
-// Every kernel-table entry against the scalar one, on operands that end (then begin) at a page that
-// cannot be touched; and every driver with its tasks split unevenly and run in reverse. Run by
-// ctest, also under AddressSanitizer and UndefinedBehaviorSanitizer.
+// Every kernel-table entry against the scalar one or the formula, on operands that end (then begin)
+// at a page that cannot be touched; every driver with its tasks split unevenly and run in reverse;
+// and chains of steps on a Team. Run by ctest, also under AddressSanitizer and
+// UndefinedBehaviorSanitizer.
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -48,6 +49,8 @@ int main() {
   check_lowbit_gemm(&memory);
   check_quantize(&memory);
   check_activations(&memory);
+  check_decode_attention(&memory);
+  check_team();
   printf("%d checks on tiers up to %s, %d failed\n", checks, isa_name(ow::detected_isa()),
          failures);
   return failures == 0 ? 0 : 1;

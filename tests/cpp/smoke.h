@@ -86,7 +86,7 @@ inline float roundoff(FloatType type) {
 }
 
 inline Parallel reversed_parallel(int64_t threads) {
-  return {threads, [](int64_t n, Parallel::Task task, const void* context) {
+  return {threads, nullptr, [](void*, int64_t n, Parallel::Task task, const void* context) {
             for (int64_t i = n - 1; i >= 0; --i) task(context, i);
           }};
 }
@@ -94,5 +94,7 @@ inline Parallel reversed_parallel(int64_t threads) {
 void check_lowbit_gemm(Guarded* memory);
 void check_quantize(Guarded* memory);
 void check_activations(Guarded* memory);
+void check_decode_attention(Guarded* memory);
+void check_team();
 
 }  // namespace ow::testing

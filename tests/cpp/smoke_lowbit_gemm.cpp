@@ -1,4 +1,4 @@
-// lowbit_gemm kernels, their driver, and packing.
+// lowbit_gemm kernels, their driver, packing, and rows of the weight.
 #include <math.h>
 
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
@@ -16,7 +16,7 @@ const KernelEntry<LowbitGemmFn> kGemm[] = {
 // The operands of one call, in plain memory.
 struct Gemm {
   LowbitGemmArgs args{};
-  Bytes codes;  // [n, k], for the bf16 reference
+  Bytes codes, bf16_rows;  // [n, k] and [m, k], for the bf16 reference
   Bytes x, w, w_scales, w_zeros, bias, add;
   std::vector<float> x_scales;
   std::vector<int32_t> x_sums;
@@ -50,16 +50,34 @@ void fill_weight(Gemm* p, bool symmetric) {
   a.w_zeros = symmetric ? nullptr : p->w_zeros.data();
 }
 
-// x as digit rows in blocks; with digits = 0, as rows of bf16.
+// Where element k of a row is, of rows in blocks (kernels/quantize/quantize.h).
+int64_t block_at(int64_t row, int64_t k, int64_t row_block, int64_t k_padded) {
+  return row / row_block * row_block * k_padded + k / kUnit * kUnit * row_block +
+         row % row_block * kUnit + k % kUnit;
+}
+
+// Rows of bf16, and the same in blocks.
+void fill_bf16_x(Gemm* p) {
+  LowbitGemmArgs& a = p->args;
+  p->bf16_rows = floats(a.m * a.k, FloatType::bf16, 1.0f);
+  p->x.resize(size_t(round_up(a.m, kTileRowBlock) * a.k_padded * 2), Guarded::kPoison);
+  for (int64_t row = 0; row < a.m; ++row) {
+    for (int64_t k = 0; k < a.k_padded; ++k) {
+      uint8_t* to = p->x.data() + 2 * block_at(row, k, kTileRowBlock, a.k_padded);
+      if (k < a.k) {
+        memcpy(to, p->bf16_rows.data() + 2 * (row * a.k + k), 2);
+      } else {
+        memset(to, 0, 2);
+      }
+    }
+  }
+  a.x = p->x.data();
+}
+
+// x as digit rows in blocks; with digits = 0, as rows of bf16 in blocks.
 void fill_x(Gemm* p, int64_t row_block) {
   LowbitGemmArgs& a = p->args;
-  if (a.digits == 0) {
-    for (int64_t i = 0; i < a.m * a.k_padded; ++i) {
-      append(&p->x, FloatType::bf16, i % a.k_padded < a.k ? rng.uniform() : 0.0f);
-    }
-    a.x = p->x.data();
-    return;
-  }
+  if (a.digits == 0) return fill_bf16_x(p);
   a.row_block = row_block;
   const int64_t rows = a.m * a.digits;
   const int64_t factor = lowbit_sum_factor(a.bits, a.w_zeros == nullptr);
@@ -67,10 +85,8 @@ void fill_x(Gemm* p, int64_t row_block) {
   p->x_sums.resize(size_t(rows * a.groups));
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < a.k_padded; ++k) {
-      const int64_t at = r / row_block * row_block * a.k_padded + k / kUnit * kUnit * row_block +
-                         r % row_block * kUnit + k % kUnit;
       const int8_t digit = k < a.k ? int8_t(rng.below(256) - 128) : int8_t{0};
-      p->x[size_t(at)] = uint8_t(digit);
+      p->x[size_t(block_at(r, k, row_block, a.k_padded))] = uint8_t(digit);
       if (k < a.k) p->x_sums[size_t(r * a.groups + k / a.group_size)] += int32_t(factor * digit);
     }
   }
@@ -136,7 +152,7 @@ bool close_to_formula(const Gemm& p, const LowbitGemmArgs& a) {
       const int zero = a.w_zeros == nullptr ? 1 << (a.bits - 1) : p.w_zeros[size_t(at)];
       const double term = double(read(p.w_scales.data(), a.w_scales_type, at)) *
                           (p.codes[size_t(n * a.k + k)] - zero) *
-                          read(p.x.data(), FloatType::bf16, row * a.k_padded + k);
+                          read(p.bf16_rows.data(), FloatType::bf16, row * a.k + k);
       total += term;
       size += fabs(term);
     }
@@ -257,12 +273,88 @@ void check_packing(Guarded* memory) {
   }
 }
 
+// Rows of bf16 into blocks, as the kernels' own tests lay them out. What lies past the last row of
+// the last block is left alone.
+void check_bf16_blocks(Guarded* memory) {
+  running = "block_bf16_rows";
+  for (const Shape& shape : {Shape{1, 1, 1, 16}, Shape{6, 1, 32, 32}, Shape{13, 1, 75, 16}}) {
+    const Gemm p = make_gemm(shape, 4, 0, kTileRowBlock, 0);
+    for (const Against side : kSides) {
+      memory->restart(side);
+      uint8_t* out = memory->empty<uint8_t>(p.x.size());
+      const uint8_t* rows = memory->copy(p.bf16_rows);
+      block_bf16_rows(reinterpret_cast<const bf16*>(rows), p.args.m, p.args.k, p.args.k_padded,
+                      reinterpret_cast<bf16*>(out), reversed_parallel(3));
+      CHECK(memcmp(out, p.x.data(), p.x.size()) == 0, "block_bf16_rows: %d x %d", int(shape.m),
+            int(shape.k));
+      CHECK(memory->intact(), "block_bf16_rows: wrote outside of its output");
+    }
+  }
+}
+
+// Rows of the weight, to the bit: one product in fp32, rounded once.
+void check_rows_of(const Gemm& p, const std::vector<int64_t>& rows, FloatType type,
+                   Guarded* memory) {
+  const LowbitGemmArgs& weight = p.args;
+  const int32_t bits = weight.bits;
+  Bytes want;
+  for (const int64_t n : rows) {
+    for (int64_t k = 0; k < weight.k; ++k) {
+      const int64_t at = (n / kPanel * weight.groups + k / weight.group_size) * kPanel + n % kPanel;
+      const int zero = weight.w_zeros == nullptr ? 1 << (bits - 1) : p.w_zeros[size_t(at)];
+      const float scale = read(p.w_scales.data(), weight.w_scales_type, at);
+      append(&want, type, scale * float(p.codes[size_t(n * weight.k + k)] - zero));
+    }
+  }
+  for (const Against side : kSides) {
+    memory->restart(side);
+    uint8_t* y = memory->empty<uint8_t>(want.size());
+    LowbitRowsArgs a{};
+    a.count = int64_t(rows.size());
+    a.rows = memory->copy(rows);
+    a.k = weight.k;
+    a.k_padded = weight.k_padded;
+    a.group_size = weight.group_size;
+    a.groups = weight.groups;
+    a.bits = bits;
+    a.w = memory->copy(p.w);
+    a.w_scales = memory->copy(p.w_scales);
+    a.w_scales_type = weight.w_scales_type;
+    a.w_zeros = weight.w_zeros == nullptr ? nullptr : memory->copy(p.w_zeros);
+    a.y = y;
+    a.y_type = type;
+    lowbit_rows(a, reversed_parallel(3));
+    CHECK(memcmp(y, want.data(), want.size()) == 0, "%d bits: %d rows of %d x %d", bits,
+          int(rows.size()), int(weight.n), int(weight.k));
+    CHECK(memory->intact(), "%d bits: lowbit_rows wrote outside of y", bits);
+  }
+}
+
+void check_rows(Guarded* memory) {
+  running = "lowbit_rows";
+  int variant = 0;
+  for (const int32_t bits : {2, 3, 4, 8}) {
+    for (const Shape& shape : {Shape{1, 1, 1, 16}, Shape{1, 33, 100, 32}, Shape{1, 70, 48, 48}}) {
+      const Gemm p = make_gemm(shape, bits, 1, 1, ++variant);
+      const int64_t last = shape.n - 1;
+      std::vector<int64_t> many{last, 0, last};
+      while (many.size() < 13) many.push_back(rng.below(shape.n));  // work for three tasks
+      for (const FloatType type : kTypes) {
+        check_rows_of(p, {last}, type, memory);
+        check_rows_of(p, many, type, memory);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void check_lowbit_gemm(Guarded* memory) {
   check_gemm_kernels(memory);
   check_gemm_driver();
   check_packing(memory);
+  check_bf16_blocks(memory);
+  check_rows(memory);
 }
 
 }  // namespace ow::testing

@@ -36,6 +36,7 @@ TINY = LlamaConfig(
     bos_id=1,
     eos_ids=(2,),
 )
+QWEN: dict[str, Any] = {"family": "qwen2", "qkv_bias": True}
 
 
 def random_model(seed: int = 0, **changes: Any) -> Llama:

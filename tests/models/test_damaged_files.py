@@ -1,38 +1,19 @@
-"""Mutated files: each either loads or raises FormatError; nothing crashes, hangs or allocates.
-
-The mutations aim at the parts that steer the reader: headers, counts, lengths, JSON.
-"""
+"""Damaged files: each either loads or raises FormatError; nothing crashes, hangs or allocates."""
 
 from __future__ import annotations
 
 import resource
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
 from openwork.errors import FormatError
 from openwork.models import load
 
 from .checkpoints import add_tokenizer, random_model, write_directory, write_gguf, write_tokenizer
-
-EXTREME = [
-    struct.pack(kind, value)
-    for kind, values in (
-        ("<B", (0, 1, 9, 127, 255)),
-        ("<I", (0, 1, 2**31 - 1, 2**31, 2**32 - 1)),
-        ("<Q", (0, 1, 2**20, 2**32, 2**40, 2**61, 2**63 - 1, 2**64 - 1)),
-    )
-    for value in values
-]
-JSON_PIECES = [b"-1", b"0", b"9" * 30, b"1e999", b"null", b"{}", b"[]", b'"', b"true", b"}", b","]
-
-FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+from .damage import EXTREME, FUZZ, JSON_PIECES, Damage, damaged, damages, safetensors_header
 
 
 @pytest.fixture(autouse=True)
@@ -45,24 +26,6 @@ def limited_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def mutations(pieces: list[bytes]) -> st.SearchStrategy[list[tuple[float, bytes]]]:
-    """A few (place as a share of the region, bytes to write there)."""
-    value = st.sampled_from(pieces) | st.binary(min_size=1, max_size=8)
-    return st.lists(st.tuples(st.floats(0, 1, exclude_max=True), value), min_size=1, max_size=4)
-
-
-def mutate(data: bytes, region: int, changes: list[tuple[float, bytes]], keep: float) -> bytes:
-    """Overwrite within the first ``region`` bytes, then cut the file to the share ``keep``."""
-    mutated = bytearray(data)
-    for place, value in changes:
-        at = int(place * region)
-        mutated[at : at + len(value)] = value
-    return bytes(mutated[: int(len(mutated) * keep)])
-
-
-KEEP = st.just(1.0) | st.floats(0, 1)
-
-
 def load_or_refuse(path: Path) -> None:
     try:
         load(path)
@@ -72,21 +35,17 @@ def load_or_refuse(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    model = random_model(layers=1)
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    return write_gguf(model, path, metadata=add_tokenizer).read_bytes()
+    return write_gguf(random_model(layers=1), path, metadata=add_tokenizer)
 
 
 @FUZZ
-@given(changes=mutations(EXTREME), keep=KEEP)
-def test_gguf(
-    tmp_path: Path, gguf_bytes: bytes, changes: list[tuple[float, bytes]], keep: float
-) -> None:
-    path = tmp_path / "model.gguf"
-    header = gguf_bytes.index(b"blk.0.ffn_down.weight") + 100
-    path.write_bytes(mutate(gguf_bytes, header, changes, keep))
-    load_or_refuse(path)
+@given(damage=damages(EXTREME))
+def test_gguf(gguf_file: Path, damage: Damage) -> None:
+    header = gguf_file.read_bytes().index(b"blk.0.ffn_down.weight") + 100
+    with damaged(gguf_file, damage, header):
+        load_or_refuse(gguf_file)
 
 
 @pytest.fixture
@@ -98,27 +57,19 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
 @FUZZ
-@given(changes=mutations(JSON_PIECES), keep=KEEP)
-def test_json(directory: Path, name: str, changes: list[tuple[float, bytes]], keep: float) -> None:
-    path = directory / name
-    original = path.read_bytes()
-    path.write_bytes(mutate(original, len(original), changes, keep))
-    try:
-        load_or_refuse(directory)
-    except FileNotFoundError as error:
-        assert name == "model.safetensors.index.json" and error.filename.startswith(str(directory))
-    finally:
-        path.write_bytes(original)
+@given(damage=damages(JSON_PIECES))
+def test_json(directory: Path, name: str, damage: Damage) -> None:
+    with damaged(directory / name, damage):
+        try:
+            load_or_refuse(directory)
+        except FileNotFoundError as error:
+            assert name == "model.safetensors.index.json"
+            assert error.filename.startswith(str(directory))
 
 
 @FUZZ
-@given(changes=mutations(EXTREME + JSON_PIECES), keep=KEEP)
-def test_safetensors(directory: Path, changes: list[tuple[float, bytes]], keep: float) -> None:
+@given(damage=damages(EXTREME + JSON_PIECES))
+def test_safetensors(directory: Path, damage: Damage) -> None:
     path = directory / "model-00001-of-00002.safetensors"
-    original = path.read_bytes()
-    header = 8 + struct.unpack("<Q", original[:8])[0]
-    path.write_bytes(mutate(original, header, changes, keep))
-    try:
+    with damaged(path, damage, safetensors_header(path)):
         load_or_refuse(directory)
-    finally:
-        path.write_bytes(original)

@@ -17,6 +17,7 @@ from openwork.models import Llama, load
 from openwork.models.gguf import GGUFFile, unpermute
 
 from .checkpoints import (
+    QWEN,
     add_tokenizer,
     assert_same_weights,
     permute,
@@ -30,7 +31,7 @@ from .checkpoints import (
     [
         {},
         {"tied_head": True},
-        {"family": "qwen2", "qkv_bias": True},
+        QWEN,
         {"rope_scaling": tuple(1.0 + i for i in range(8))},
         {"head_dim": 32},
     ],

@@ -14,7 +14,14 @@ from openwork.errors import FormatError
 from openwork.models import Llama, Llama3Rope, LlamaConfig, load
 from openwork.models.config import config_from_hf, config_to_hf
 
-from .checkpoints import TINY, assert_same_weights, random_model, write_directory, write_tokenizer
+from .checkpoints import (
+    QWEN,
+    TINY,
+    assert_same_weights,
+    random_model,
+    write_directory,
+    write_tokenizer,
+)
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -23,9 +30,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize(
-    "changes", [{}, {"tied_head": True}, {"family": "qwen2", "qkv_bias": True}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, QWEN], ids=str)
 def test_round_trip(tmp_path: Path, changes: dict[str, Any], shards: int) -> None:
     model = random_model(**changes)
     loaded = load(write_directory(model, tmp_path, shards=shards))

@@ -11,7 +11,7 @@ from torch import Tensor
 from openwork.models import DenseLinear, Llama, Llama3Rope
 from openwork.models.llama import rope_frequencies
 
-from .checkpoints import random_model
+from .checkpoints import QWEN, random_model
 
 
 def random_tokens(length: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -71,7 +71,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     [
         {},
         {"tied_head": True},
-        {"family": "qwen2", "qkv_bias": True},
+        QWEN,
         {"kv_heads": 6},
         {"kv_heads": 1},
         {"head_dim": 10},

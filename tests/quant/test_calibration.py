@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,29 +11,31 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from models.checkpoints import random_model
+from models.damage import EXTREME, FUZZ, JSON_PIECES, Damage, damaged, damages, safetensors_header
 from torch import Tensor, nn
 
 from openwork.errors import FormatError
-from openwork.models import DenseLinear, Llama, LlamaConfig
+from openwork.models import DenseLinear, Llama
 from openwork.quant import InputSecondMoment, calibrate
 from openwork.quant import calibration as engine
 
-CONFIG = LlamaConfig(
-    "llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=4, heads=4, kv_heads=2, head_dim=8,
-    context_length=64,
-)  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "ffn_size": 48, "layers": 4, "heads": 4, "head_dim": 8,
+    "context_length": 64,
+}  # fmt: skip
+LAYERS = SHAPE["layers"]
 
 
-def _model(seed: int = 0) -> Llama:
-    torch.manual_seed(seed)
-    return Llama(CONFIG).eval().requires_grad_(False)
+def _model(**changes: Any) -> Llama:
+    return random_model(**SHAPE | changes)
 
 
 def _tokens(samples: int = 5, length: int = 16, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, CONFIG.vocab_size, (samples, length), generator=generator)
+    return torch.randint(0, SHAPE["vocab_size"], (samples, length), generator=generator)
 
 
 class Coarse:
@@ -122,7 +125,7 @@ def test_each_layer_sees_the_outputs_of_the_compressed_layers_before_it() -> Non
     report = calibrate(compressed, tokens, algorithm, progress=False)
     rope = dense.rope(0, tokens.shape[1])
     hidden, dense_hidden = dense.embed(tokens), dense.embed(tokens)
-    for index in range(CONFIG.layers):
+    for index in range(LAYERS):
         expected = _moments_of_layer(dense, index, hidden, rope)
         stale = _moments_of_layer(dense, index, dense_hidden, rope)
         seen = algorithm.moments[4 * index : 4 * index + 4]
@@ -132,8 +135,8 @@ def test_each_layer_sees_the_outputs_of_the_compressed_layers_before_it() -> Non
             assert index == 0 or not torch.allclose(moment, stale[name], rtol=1e-3)
         hidden = compressed.layers[index](hidden, *rope)
         dense_hidden = dense.layers[index](dense_hidden, *rope)
-    assert len(algorithm.moments) == 4 * CONFIG.layers
-    assert (report.layers, report.resumed) == (CONFIG.layers, 0)
+    assert len(algorithm.moments) == 4 * LAYERS
+    assert (report.layers, report.resumed) == (LAYERS, 0)
 
 
 def test_batches_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,11 +165,11 @@ def test_one_layer_of_statistics_is_alive_at_a_time() -> None:
     tokens = _tokens()
     report = calibrate(_model(), tokens, Watching(), progress=False)
     # Four are made, then freed one by one as each linear is done.
-    assert counts == [1, 2, 3, 4, 4, 3, 2, 1] * CONFIG.layers
+    assert counts == [1, 2, 3, 4, 4, 3, 2, 1] * LAYERS
     assert len(alive) == 0
-    widths = [CONFIG.hidden_size, CONFIG.heads * CONFIG.head_dim, CONFIG.hidden_size]
-    assert report.statistics_bytes == sum(4 * k * k for k in [*widths, CONFIG.ffn_size])
-    assert report.hidden_bytes == tokens.numel() * CONFIG.hidden_size * 4
+    # The inputs of qkv, o, gate_up and down.
+    assert report.statistics_bytes == sum(4 * k * k for k in [32, 32, 32, 48])
+    assert report.hidden_bytes == tokens.numel() * 32 * 4
 
 
 def test_statistics_come_off_when_a_layer_fails() -> None:
@@ -176,10 +179,12 @@ def test_statistics_come_off_when_a_layer_fails() -> None:
         def update(self, x: Tensor) -> None:
             raise RuntimeError("stop")
 
-    algorithm = Coarse()
-    algorithm.statistic = lambda linear: Failing(linear.in_features)  # type: ignore[method-assign]
+    class Algorithm(Coarse):
+        def statistic(self, linear: nn.Linear) -> InputSecondMoment:
+            return Failing(linear.in_features)
+
     with pytest.raises(RuntimeError, match="stop"):
-        calibrate(model, _tokens(), algorithm, progress=False)
+        calibrate(model, _tokens(), Algorithm(), progress=False)
     model(_tokens())  # no hook is left to raise
 
 
@@ -234,16 +239,13 @@ def test_results_of_another_run_are_refused(tmp_path: Path, change: str) -> None
     if change == "options":
         algorithm = Coarse(step=0.2)
     elif change == "tokens":
-        tokens[-1, -1] = (tokens[-1, -1] + 1) % CONFIG.vocab_size
+        tokens[-1, -1] = (tokens[-1, -1] + 1) % SHAPE["vocab_size"]
     elif change == "weights":
         model.layers[3].mlp.down.weight[0, 0] += 1
     else:
-        object.__setattr__(model.config, "norm_eps", 2e-5)
-    try:
-        with pytest.raises(ValueError, match="same options, tokens and weights"):
-            calibrate(model, tokens, algorithm, progress=False, resume_dir=tmp_path)
-    finally:
-        object.__setattr__(model.config, "norm_eps", 1e-5)
+        model = _model(norm_eps=2e-5)
+    with pytest.raises(ValueError, match="same options, tokens and weights"):
+        calibrate(model, tokens, algorithm, progress=False, resume_dir=tmp_path)
 
 
 def test_an_unwritable_folder_is_an_os_error(tmp_path: Path) -> None:
@@ -260,40 +262,34 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return folder
 
 
+@FUZZ
 @given(
+    damage=damages(EXTREME + JSON_PIECES),
     name=st.sampled_from(["hidden.safetensors", "layer-0002.safetensors"]),
-    where=st.floats(0, 1, exclude_max=True),
-    value=st.integers(0, 255),
-    truncate=st.booleans(),
-)
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    part=st.sampled_from(["header", "all"]),
 )
 def test_damaged_files_are_named_or_harmless(
-    finished: Path, name: str, where: float, value: int, truncate: bool
+    finished: Path, damage: Damage, name: str, part: str
 ) -> None:
     path = finished / name
-    original = path.read_bytes()
-    damaged = bytearray(original)
-    # Half of the positions in the header, which is where structure can break.
-    header = 8 + int.from_bytes(original[:8], "little")
-    position = int(where * 2 * header) if where < 0.5 else int(where * len(original))
-    if truncate:
-        del damaged[position:]
-    else:
-        damaged[position] = value
-    path.write_bytes(damaged)
-    message = None
-    try:
-        calibrate(_model(), _tokens(), Coarse(), progress=False, resume_dir=finished)
-    except FormatError as error:
-        message = str(error)
-    except ValueError as error:  # the fingerprint itself was hit
-        message = str(error)
-        assert "same options, tokens and weights" in message
-    finally:
-        path.write_bytes(original)
-    assert message is None or name in message
+    region = safetensors_header(path) if part == "header" else None
+    with damaged(path, damage, region):
+        try:
+            calibrate(_model(), _tokens(), Coarse(), progress=False, resume_dir=finished)
+        except FormatError as error:
+            assert name in str(error)
+        except ValueError as error:  # the fingerprint itself was hit
+            assert name in str(error)
+            assert "same options, tokens and weights" in str(error)
+
+
+def test_a_size_beyond_64_bits_is_named(tmp_path: Path) -> None:
+    # Of 0 elements, so that nothing else is wrong with it.
+    header = b'{"hidden":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}'
+    path = tmp_path / "hidden.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(FormatError, match=r"hidden\.safetensors: a complete safetensors file"):
+        calibrate(_model(), _tokens(), Coarse(), progress=False, resume_dir=tmp_path)
 
 
 def test_a_linear_that_cannot_be_compressed_is_named() -> None:

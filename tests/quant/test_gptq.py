@@ -30,7 +30,10 @@ def _output_error(weight: Tensor, q: QuantizedTensor, hessian: Tensor) -> float:
 
 
 def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    zeros = a.zeros is b.zeros or torch.equal(a.zeros, b.zeros)  # type: ignore[arg-type]
+    if a.zeros is None or b.zeros is None:
+        zeros = a.zeros is b.zeros
+    else:
+        zeros = torch.equal(a.zeros, b.zeros)
     return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
 
 
@@ -84,7 +87,8 @@ def test_static_grids_are_those_of_the_weight() -> None:
     ours = gptq(weight, hessian, bits=4, group_size=64)
     plain = rtn(weight, bits=4, group_size=64)
     assert torch.equal(ours.scales, plain.scales)
-    assert torch.equal(ours.zeros, plain.zeros)  # type: ignore[arg-type]
+    assert ours.zeros is not None and plain.zeros is not None
+    assert torch.equal(ours.zeros, plain.zeros)
 
 
 def test_act_order_undoes_its_permutation() -> None:

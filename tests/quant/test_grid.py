@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,6 @@ def test_groups_split_and_expand_with_a_short_last_one() -> None:
         ({"group_size": 0}, "group_size must be one of"),
     ],
 )
-def test_a_contradiction_is_named(change: dict[str, object], message: str) -> None:
+def test_a_contradiction_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        replace(_valid(), **change)  # type: ignore[arg-type]
+        replace(_valid(), **change)

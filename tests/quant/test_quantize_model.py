@@ -11,28 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from models.checkpoints import QWEN, random_model
 from torch import Tensor, nn
 
-from openwork.models import Llama, LlamaConfig
+from openwork.models import Llama
 from openwork.nn import LowbitLinear
 from openwork.ops import unpack_lowbit
 from openwork.quant import InputSecondMoment, QuantizedTensor, model_bytes, quantize_model, rtn
 
 # Rows of 72 are 4.5 groups of 16: every linear of the block but one has a short last group.
-SHAPE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 72, "ffn_size": 96, "layers": 3, "heads": 6, "kv_heads": 2,
-    "head_dim": 12, "context_length": 64,
-}  # fmt: skip
+SHAPE: dict[str, Any] = {"vocab_size": 96, "hidden_size": 72, "head_dim": 12, "layers": 3}
 
 
-def _model(family: str = "llama", **changes: Any) -> Llama:
-    torch.manual_seed(0)
-    config = LlamaConfig(family, **SHAPE | {"qkv_bias": family == "qwen2"} | changes)
-    model = Llama(config).eval().requires_grad_(False)
-    if config.qkv_bias:
-        for layer in model.layers:
-            nn.init.normal_(layer.attn.qkv.bias)
-    return model
+def _model(**changes: Any) -> Llama:
+    return random_model(**SHAPE | changes)
 
 
 def _tokens(seed: int = 0) -> Tensor:
@@ -69,7 +61,7 @@ def test_rtn_replaces_every_linear_by_its_rounded_self(
 
 
 def test_float_compute_is_the_dequantized_model() -> None:
-    reference, model = _model("qwen2"), _model("qwen2")
+    reference, model = _model(**QWEN), _model(**QWEN)
     quantize_model(
         model, "rtn", bits=4, group_size=16, head_bits=8, compute="float", progress=False
     )
@@ -107,17 +99,24 @@ def test_gptq_output_error_is_that_of_its_definition_and_below_rtn() -> None:
         assert entry.output_error < share(rtn(weight, bits=3, group_size=16))
 
 
-def test_a_tied_embedding_stays_dense_and_usable() -> None:
+@pytest.mark.parametrize("head_bits", [4, 8])
+def test_a_tied_embedding_shares_a_head_of_eight_bits(head_bits: int) -> None:
     model = _model(tied_head=True)
     embedding = model.embed.weight.clone()
-    report = quantize_model(model, "rtn", bits=4, group_size=16, head_bits=8, progress=False)
-    assert isinstance(model.head, LowbitLinear)
-    assert torch.equal(model.embed.weight, embedding)
+    report = quantize_model(
+        model, "rtn", bits=4, group_size=16, head_bits=head_bits, progress=False
+    )
+    head = model.get_submodule("head")
+    assert isinstance(head, LowbitLinear)
     assert bool(torch.isfinite(model(_tokens())).all())
-    # The head used to cost nothing beside the embedding.
-    head = report.linears[-1]
     packed = sum(entry.bytes_after for entry in report.linears)
-    dense = sum(entry.bytes_before for entry in report.linears if entry is not head)
+    dense = sum(entry.bytes_before for entry in report.linears)
+    if head_bits == 8:
+        assert model.embed.weight is head.weight
+    else:
+        assert torch.equal(model.embed.weight, embedding)
+        # The head used to cost nothing beside the embedding.
+        dense -= report.linears[-1].bytes_before
     assert report.model_bytes_after == report.model_bytes_before - dense + packed
     assert report.model_bytes_after == model_bytes(model)
 
@@ -138,7 +137,7 @@ def test_an_interrupted_quantization_resumes(
     options: dict[str, Any] = {
         "bits": 4, "group_size": 16, "calibration": _tokens(), "progress": False
     }  # fmt: skip
-    expected = _model("qwen2")
+    expected = _model(**QWEN)
     first = quantize_model(expected, "gptq", **options)
     module = sys.modules["openwork.quant.model"]
     rounds: list[int] = []
@@ -152,14 +151,14 @@ def test_an_interrupted_quantization_resumes(
     original = module.gptq
     monkeypatch.setattr(module, "gptq", stop)
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(_model("qwen2"), "gptq", **options, resume_dir=tmp_path)
+        quantize_model(_model(**QWEN), "gptq", **options, resume_dir=tmp_path)
     monkeypatch.undo()
-    resumed = _model("qwen2")
+    resumed = _model(**QWEN)
     second = quantize_model(resumed, "gptq", **options, resume_dir=tmp_path)
     assert second.linears == first.linears
     assert torch.equal(resumed(_tokens()), expected(_tokens()))
     with pytest.raises(ValueError, match="same options"):
-        quantize_model(_model("qwen2"), "gptq", **options | {"bits": 3}, resume_dir=tmp_path)
+        quantize_model(_model(**QWEN), "gptq", **options | {"bits": 3}, resume_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

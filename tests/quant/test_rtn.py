@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_group_size_of_at_least_k_is_one_group() -> None:
         (torch.full((1, 4), 1e7), {}, "overflows torch.float16; use bfloat16 or float32"),
     ],
 )
-def test_bad_arguments_are_named(weight: Tensor, options: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"bits": 4, "group_size": None} | options
+def test_bad_arguments_are_named(weight: Tensor, options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"bits": 4, "group_size": None} | options
     with pytest.raises(ValueError, match=re.escape(message)):
-        rtn(weight, **arguments)  # type: ignore[arg-type]
+        rtn(weight, **arguments)

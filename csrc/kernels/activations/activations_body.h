@@ -50,10 +50,11 @@ void silu_mul_rows(const SiluMulArgs& a, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(a.x) + row * 2 * a.d;
     T* y = static_cast<T*>(a.y) + row * a.d;
     each_vector(a.d, [&](int64_t i, int64_t lanes) {
-      const VecF g = load_up_to(gate + i, lanes);
+      // silu(-87) is as good as any gate below it: -1e-36, where fp32 has little left. As the
+      // second argument of max_ a NaN stays.
+      const VecF g = max_(set1(-87.0f), load_up_to(gate + i, lanes));
       const VecF u = load_up_to(gate + a.d + i, lanes);
-      // e^-g is capped where 1 / (1 + e^-g) has long reached 0 in fp32.
-      const VecF e = exp_(sub(set1(0.0f), max_(g, set1(-87.0f))));
+      const VecF e = exp_(sub(set1(0.0f), g));
       store_up_to(y + i, mul(div_(g, add(set1(1.0f), e)), u), lanes);
     });
   }

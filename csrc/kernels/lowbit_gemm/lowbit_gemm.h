@@ -20,8 +20,9 @@
 //   w8_n32k4    k = 4l + b                             4 lines a unit and half
 //   w4_n32k8    k = 8l + b | k + 4                     2 lines
 //   w2_n32k16   k = 16l + b | k + 4 | k + 8 | k + 12   1 line
-//   w3_n32k32   two w2 lines with the low two bits of k = 0..15 and 16..31, then one line whose
-//               bit j is the high bit of k = 4j + b    3 lines every two units
+//   w3_n32k32   j = k / 4 of 32 k: three bits at bit 3 (j % 3) of line j / 3, but for j = 2 and 5,
+//               of which only two fit: the third is bit 6 and 7 of line 2
+//                                                      3 lines every two units
 //
 //   one panel:  | k_block 0: half 0 lines, half 1 lines | k_block 1: ... |
 //
@@ -55,7 +56,7 @@ struct LowbitGemmArgs {
   int64_t m, n, k;
   int64_t k_padded, group_size, groups;
   int32_t bits;
-  int32_t digits;     // 1, 3: x is int8 digit rows; 0: x is bf16 [m, k_padded]
+  int32_t digits;     // 1, 3: x is int8 digit rows; 0: x is bf16, from block_bf16_rows
   int64_t row_block;  // of the digit rows, see kernels/quantize/quantize.h
   const void* x;
   const float* x_scales;  // digits 1: [m]; digits 3: [m, groups]; digits 0: null
@@ -106,8 +107,12 @@ OW_INLINE int32_t lowbit_sum_factor(int32_t bits, bool symmetric) {
 // The row_block the kernel that would be chosen wants its digit rows in.
 int64_t lowbit_gemm_row_block(Isa isa, int64_t rows);
 
-// Whether `m` rows of bf16 are better left as bf16 (digits = 0) than encoded.
+// Whether `m` rows of bf16 are better left as bf16 (digits = 0) than encoded. They are then laid
+// out like the codes of kernels/quantize, in row blocks of kTileRowBlock.
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m);
+// x [m, k] to out [round_up(m, kTileRowBlock), k_padded] in blocks, zero past k.
+void block_bf16_rows(const bf16* x, int64_t m, int64_t k, int64_t k_padded, bf16* out,
+                     const Parallel& parallel);
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel);
 
@@ -131,5 +136,20 @@ void pack_lowbit(const LowbitPackArgs& args, const uint8_t* codes, const void* s
 void unpack_lowbit(const LowbitPackArgs& args, const uint8_t* packed, const void* packed_scales,
                    const uint8_t* packed_zeros, uint8_t* codes, void* scales, uint8_t* zeros,
                    const Parallel& parallel);
+
+// Rows of the weight, for an embedding: y[i,k] = scale * (c[rows[i],k] - z).
+struct LowbitRowsArgs {
+  int64_t count;
+  const int64_t* rows;  // [count], in 0 .. n - 1
+  int64_t k, k_padded, group_size, groups;
+  int32_t bits;
+  const uint8_t* w;
+  const void* w_scales;
+  FloatType w_scales_type;
+  const uint8_t* w_zeros;  // or null
+  void* y;                 // [count, k] of y_type
+  FloatType y_type;
+};
+void lowbit_rows(const LowbitRowsArgs& args, const Parallel& parallel);
 
 }  // namespace ow

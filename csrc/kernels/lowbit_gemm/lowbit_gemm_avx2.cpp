@@ -32,22 +32,34 @@ OW_INLINE void unpack_unit(const uint8_t* line0, int64_t unit, __m256i s[4]) {
       s[2 * l] = _mm256_and_si256(line, mask);
       s[2 * l + 1] = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
     }
-  } else {
+  } else if constexpr (kBits == 2) {
     const __m256i mask = _mm256_set1_epi8(3);
-    const uint8_t* block = line0 + (kBits == 2 ? unit * 128 : unit / 2 * 384);
-    const __m256i low = load_half(block + (kBits == 2 ? 0 : unit % 2 * 64));
-    s[0] = _mm256_and_si256(low, mask);
-    s[1] = _mm256_and_si256(_mm256_srli_epi16(low, 2), mask);
-    s[2] = _mm256_and_si256(_mm256_srli_epi16(low, 4), mask);
-    s[3] = _mm256_and_si256(_mm256_srli_epi16(low, 6), mask);
-    if constexpr (kBits == 3) {
-      const __m256i bit = _mm256_set1_epi8(4);
-      const __m256i high =
-          _mm256_srl_epi16(load_half(block + 128), _mm_cvtsi64_si128(unit % 2 * 4));
-      s[0] = _mm256_or_si256(s[0], _mm256_and_si256(_mm256_slli_epi16(high, 2), bit));
-      s[1] = _mm256_or_si256(s[1], _mm256_and_si256(_mm256_slli_epi16(high, 1), bit));
-      s[2] = _mm256_or_si256(s[2], _mm256_and_si256(high, bit));
-      s[3] = _mm256_or_si256(s[3], _mm256_and_si256(_mm256_srli_epi16(high, 1), bit));
+    const __m256i line = load_half(line0 + unit * 128);
+    s[0] = _mm256_and_si256(line, mask);
+    s[1] = _mm256_and_si256(_mm256_srli_epi16(line, 2), mask);
+    s[2] = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
+    s[3] = _mm256_and_si256(_mm256_srli_epi16(line, 6), mask);
+  } else {
+    const uint8_t* block = line0 + unit / 2 * 384;
+    const __m256i mask = _mm256_set1_epi8(7);
+    const __m256i line1 = load_half(block + 64);
+    const __m256i line2 = load_half(block + 128);
+    // The code that lies in two places: its low bits, and its high bit moved to bit 2.
+    const auto join = [](__m256i low, __m256i high) __attribute__((always_inline)) {
+      low = _mm256_and_si256(_mm256_srli_epi16(low, 6), _mm256_set1_epi8(3));
+      return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(4)));
+    };
+    if (unit % 2 == 0) {
+      const __m256i first = load_half(block);
+      s[0] = _mm256_and_si256(first, mask);
+      s[1] = _mm256_and_si256(_mm256_srli_epi16(first, 3), mask);
+      s[2] = join(first, _mm256_srli_epi16(line2, 4));
+      s[3] = _mm256_and_si256(line1, mask);
+    } else {
+      s[0] = _mm256_and_si256(_mm256_srli_epi16(line1, 3), mask);
+      s[1] = join(line1, _mm256_srli_epi16(line2, 5));
+      s[2] = _mm256_and_si256(line2, mask);
+      s[3] = _mm256_and_si256(_mm256_srli_epi16(line2, 3), mask);
     }
   }
 }

@@ -141,9 +141,9 @@ constexpr int64_t kTileHalves = 2 * kTilePanels;
 constexpr int64_t kTileRows = kTileRowBlock;
 // k of one tile: 64 outputs x 256 = 16 KiB, half of L1. A multiple of every group size but "row".
 constexpr int64_t kTileUnits = 16;
-// Digit rows of x per pass over the weight: x (192 x k) stays in L2 while each tile is unpacked
-// once for all of them.
-constexpr int64_t kPassRows = 192;
+// Digit rows of x that share an unpacked tile. More than the L2 cache holds of x: the next block of
+// rows is fetched while one is multiplied.
+constexpr int64_t kPassRows = 384;
 
 struct Tile {
   alignas(64) uint8_t codes[kTileUnits * 4][kTileHalves][64];
@@ -161,6 +161,7 @@ struct BlockArgs {
   const Tile* tile;
   int64_t units;
   const int8_t* x;        // digit rows of the block, from the tile's first unit on
+  const int8_t* next;     // of the block after it; need not be there
   const int32_t* x_sums;  // of the block's first digit row and the tile's group
   const float* x_scales;  // digits 3: of the block's first row and the tile's group
   int64_t groups;         // stride of both
@@ -201,8 +202,11 @@ __attribute__((noinline)) void multiply_block(const BlockArgs& b) {
     }
   }
   const int8_t* x = b.x;
+  const int8_t* next = b.next;
   const uint8_t(*codes)[kTileHalves][64] = b.tile->codes;
-  for (int64_t unit = 0; unit < b.units; ++unit, x += kTileRows * kUnit, codes += 4) {
+  constexpr int64_t kStride = kTileRows * kUnit;
+  for (int64_t unit = 0; unit < b.units; ++unit, codes += 4, x += kStride, next += kStride) {
+    for (int64_t i = 0; i < kStride; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       __m512i w[kTileHalves];
@@ -261,11 +265,6 @@ OW_INLINE void multiply_block_of(bool symmetric, bool first, bool last, const Bl
   }
 }
 
-template <int kN>
-struct Rows {
-  static constexpr int kRows = kN;
-};
-
 template <int kBits, int kDigits>
 void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = kTileRows / kDigits;
@@ -285,14 +284,16 @@ void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
         for (int64_t unit = group_begin; unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
           unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
-          const auto multiply = [&](int64_t r, auto block) __attribute__((always_inline)) {
+          for_each_row_block<kBlock>(rows, [&](int64_t r, auto block) {
             const int64_t row = row_begin + r;
             const int64_t digit_row = row * kDigits;
+            const int8_t* x = static_cast<const int8_t*>(a.x) +
+                              digit_row / kTileRows * kTileRows * a.k_padded +
+                              unit * kUnit * kTileRows + digit_row % kTileRows * kUnit;
             const BlockArgs args{&tile,
                                  units,
-                                 static_cast<const int8_t*>(a.x) +
-                                     digit_row / kTileRows * kTileRows * a.k_padded +
-                                     unit * kUnit * kTileRows + digit_row % kTileRows * kUnit,
+                                 x,
+                                 x + kTileRows * a.k_padded,
                                  a.x_sums + digit_row * a.groups + g,
                                  a.x_scales + (kDigits == 3 ? row * a.groups + g : 0),
                                  a.groups,
@@ -300,10 +301,7 @@ void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
                                  totals + r};
             multiply_block_of<kDigits, decltype(block)::kRows>(symmetric, unit == group_begin,
                                                                unit + units == group_end, args);
-          };
-          int64_t r = 0;
-          for (; r + kBlock <= rows; r += kBlock) multiply(r, Rows<kBlock>{});
-          for (; r < rows; ++r) multiply(r, Rows<1>{});
+          });
         }
       }
       for (int64_t r = 0; r < rows; ++r) {

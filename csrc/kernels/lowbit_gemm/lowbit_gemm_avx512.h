@@ -33,19 +33,27 @@ OW_INLINE void unpack_unit(const uint8_t* half, int64_t unit, __m512i s[4]) {
     s[3] = _mm512_and_si512(_mm512_srli_epi16(line, 6), mask);
   } else {
     const uint8_t* block = half + unit / 2 * 384;
-    const __m512i low = load_line(block + unit % 2 * 64);
-    // After this shift the high bit of sub j is bit j for both units of the block.
-    const __m512i high = _mm512_srl_epi16(load_line(block + 128), _mm_cvtsi64_si128(unit % 2 * 4));
-    const __m512i low_mask = _mm512_set1_epi8(3);
     const __m512i mask = _mm512_set1_epi8(7);
-    // (low & 3) | (high & ~3), then & 7: one ternary-logic instruction joins the planes.
-    const auto join = [&](__m512i l, __m512i h) __attribute__((always_inline)) {
-      return _mm512_and_si512(_mm512_ternarylogic_epi64(low_mask, l, h, 0xca), mask);
+    const __m512i line1 = load_line(block + 64);
+    const __m512i line2 = load_line(block + 128);
+    // The code that lies in two places: its low bits, and its high bit moved to bit 2. One
+    // ternary-logic instruction selects and joins.
+    const auto join = [](__m512i low, __m512i high) __attribute__((always_inline)) {
+      low = _mm512_and_si512(_mm512_srli_epi16(low, 6), _mm512_set1_epi8(3));
+      return _mm512_ternarylogic_epi64(low, high, _mm512_set1_epi8(4), 0xf8);  // low | (high & 4)
     };
-    s[0] = join(low, _mm512_slli_epi16(high, 2));
-    s[1] = join(_mm512_srli_epi16(low, 2), _mm512_slli_epi16(high, 1));
-    s[2] = join(_mm512_srli_epi16(low, 4), high);
-    s[3] = join(_mm512_srli_epi16(low, 6), _mm512_srli_epi16(high, 1));
+    if (unit % 2 == 0) {
+      const __m512i line0 = load_line(block);
+      s[0] = _mm512_and_si512(line0, mask);
+      s[1] = _mm512_and_si512(_mm512_srli_epi16(line0, 3), mask);
+      s[2] = join(line0, _mm512_srli_epi16(line2, 4));
+      s[3] = _mm512_and_si512(line1, mask);
+    } else {
+      s[0] = _mm512_and_si512(_mm512_srli_epi16(line1, 3), mask);
+      s[1] = join(line1, _mm512_srli_epi16(line2, 5));
+      s[2] = _mm512_and_si512(line2, mask);
+      s[3] = _mm512_and_si512(_mm512_srli_epi16(line2, 3), mask);
+    }
   }
 }
 
@@ -77,6 +85,25 @@ OW_INLINE VecF load_scales(const LowbitGemmArgs& a, int64_t at) {
 OW_INLINE __m512i load_zeros(const LowbitGemmArgs& a, int64_t at) {
   const __m128i* p = reinterpret_cast<const __m128i*>(a.w_zeros + at);
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(p));
+}
+
+template <int kN>
+struct RowBlock {
+  static constexpr int kRows = kN;
+};
+// Calls body(first row, RowBlock<size>) over `rows` rows: whole blocks, and the rest in the largest
+// pieces that a kernel is made for.
+template <int kBlock, class Body>
+OW_INLINE void for_each_row_block(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + kBlock <= rows; r += kBlock) body(r, RowBlock<kBlock>{});
+  if constexpr (kBlock > 3) {
+    for (; r + 3 <= rows; r += 3) body(r, RowBlock<3>{});
+  }
+  if constexpr (kBlock > 2) {
+    for (; r + 2 <= rows; r += 2) body(r, RowBlock<2>{});
+  }
+  for (; r < rows; ++r) body(r, RowBlock<1>{});
 }
 
 template <class T>

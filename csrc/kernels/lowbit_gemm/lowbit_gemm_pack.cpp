@@ -3,11 +3,13 @@
 namespace ow {
 namespace {
 
-// Where code (lane, k) of a panel lies: `bits` bits at `shift` of `byte`, and for 3 bits the high
-// one at `high_shift` of `high_byte`.
+// Where code (lane, k) of a panel lies: `bits` low bits at `shift` of `byte`, and the one above
+// them, if the code has more, at `high_shift` of `high_byte`.
 struct CodePlace {
-  int64_t byte, high_byte;
-  int shift, high_shift;
+  int64_t byte;
+  int shift, bits;
+  int64_t high_byte;
+  int high_shift;
 };
 
 CodePlace place_of(int32_t bits, int64_t lane, int64_t k) {
@@ -16,11 +18,42 @@ CodePlace place_of(int32_t bits, int64_t lane, int64_t k) {
   const int64_t in_line = lane % kHalf * 4 + k % 4;
   const int sub = int(k / 4 % 4);
   switch (bits) {
-    case 8: return {half + sub * 64 + in_line, 0, 0, 0};
-    case 4: return {half + sub / 2 * 64 + in_line, 0, sub % 2 * 4, 0};
-    case 2: return {half + in_line, 0, sub * 2, 0};
-    default:
-      return {half + k / 16 % 2 * 64 + in_line, half + 128 + in_line, sub * 2, int(k / 4 % 8)};
+    case 8: return {half + sub * 64 + in_line, 0, 8, 0, 0};
+    case 4: return {half + sub / 2 * 64 + in_line, sub % 2 * 4, 4, 0, 0};
+    case 2: return {half + in_line, sub * 2, 2, 0, 0};
+  }
+  const int j = int(k / 4 % 8);
+  const int64_t byte = half + j / 3 * 64 + in_line;
+  return {byte, j % 3 * 3, j % 3 == 2 ? 2 : 3, half + 128 + in_line, 6 + j / 3};
+}
+
+// `panel` points at the bytes of the panel the lane is in.
+uint8_t code_of(int32_t bits, const uint8_t* panel, int64_t lane, int64_t k) {
+  const CodePlace at = place_of(bits, lane, k);
+  const int low = panel[at.byte] >> at.shift & ((1 << at.bits) - 1);
+  if (at.bits == bits) return uint8_t(low);
+  return uint8_t(low | (panel[at.high_byte] >> at.high_shift & 1) << at.bits);
+}
+
+float scale_of(FloatType type, const void* scales, int64_t i) {
+  switch (type) {
+    case FloatType::f32: return static_cast<const float*>(scales)[i];
+    case FloatType::bf16: return to_float(static_cast<const bf16*>(scales)[i]);
+    default: return to_float(static_cast<const f16*>(scales)[i]);
+  }
+}
+
+template <class T>
+void write_row(const LowbitRowsArgs& a, int64_t n, T* y) {
+  const int64_t lane = n % kPanel;
+  const uint8_t* panel = a.w + n / kPanel * panel_bytes(a.bits, a.k_padded);
+  for (int64_t g = 0; g < a.groups; ++g) {
+    const int64_t at = (n / kPanel * a.groups + g) * kPanel + lane;
+    const float scale = scale_of(a.w_scales_type, a.w_scales, at);
+    const int zero = a.w_zeros == nullptr ? 1 << (a.bits - 1) : a.w_zeros[at];
+    for (int64_t k = g * a.group_size; k < min_of((g + 1) * a.group_size, a.k); ++k) {
+      from_float(scale * float(code_of(a.bits, panel, lane, k) - zero), y + k);
+    }
   }
 }
 
@@ -38,8 +71,8 @@ void pack_lowbit(const LowbitPackArgs& a, const uint8_t* codes, const void* scal
       for (int64_t k = 0; n < a.n && k < a.k; ++k) {
         const CodePlace at = place_of(a.bits, lane, k);
         const int code = codes[n * a.k + k];
-        out[at.byte] |= uint8_t((a.bits == 3 ? code & 3 : code) << at.shift);
-        if (a.bits == 3) out[at.high_byte] |= uint8_t((code >> 2) << at.high_shift);
+        out[at.byte] |= uint8_t((code & ((1 << at.bits) - 1)) << at.shift);
+        if (at.bits < a.bits) out[at.high_byte] |= uint8_t((code >> at.bits) << at.high_shift);
       }
       for (int64_t g = 0; g < a.groups; ++g) {
         const int64_t to = (panel * a.groups + g) * kPanel + lane;
@@ -59,23 +92,49 @@ void unpack_lowbit(const LowbitPackArgs& a, const uint8_t* packed, const void* p
                    const uint8_t* packed_zeros, uint8_t* codes, void* scales, uint8_t* zeros,
                    const Parallel& parallel) {
   const int64_t bytes = panel_bytes(a.bits, a.k_padded);
-  const int mask = (1 << (a.bits == 3 ? 2 : a.bits)) - 1;
   parallel.for_each(a.n, [&](int64_t n) {
     const int64_t panel = n / kPanel;
     const int64_t lane = n % kPanel;
     const uint8_t* in = packed + panel * bytes;
-    for (int64_t k = 0; k < a.k; ++k) {
-      const CodePlace at = place_of(a.bits, lane, k);
-      int code = (in[at.byte] >> at.shift) & mask;
-      if (a.bits == 3) code |= ((in[at.high_byte] >> at.high_shift) & 1) << 2;
-      codes[n * a.k + k] = uint8_t(code);
-    }
+    for (int64_t k = 0; k < a.k; ++k) codes[n * a.k + k] = code_of(a.bits, in, lane, k);
     for (int64_t g = 0; g < a.groups; ++g) {
       const int64_t from = (panel * a.groups + g) * kPanel + lane;
       memcpy(static_cast<uint8_t*>(scales) + (n * a.groups + g) * a.scale_size,
              static_cast<const uint8_t*>(packed_scales) + from * a.scale_size,
              size_t(a.scale_size));
       if (zeros != nullptr) zeros[n * a.groups + g] = packed_zeros[from];
+    }
+  });
+}
+
+void block_bf16_rows(const bf16* x, int64_t m, int64_t k, int64_t k_padded, bf16* out,
+                     const Parallel& parallel) {
+  constexpr int64_t kBlock = kTileRowBlock;
+  const int64_t tasks = min_of(parallel.threads, m);
+  parallel.for_each(tasks, [&](int64_t task) {
+    for (int64_t row = m * task / tasks; row < m * (task + 1) / tasks; ++row) {
+      bf16* to = out + row / kBlock * kBlock * k_padded + row % kBlock * kUnit;
+      for (int64_t unit = 0; unit < k_padded; unit += kUnit, to += kBlock * kUnit) {
+        const int64_t count = unit < k ? min_of(kUnit, k - unit) : 0;
+        memcpy(to, x + row * k + unit, size_t(count) * sizeof(bf16));
+        memset(to + count, 0, size_t(kUnit - count) * sizeof(bf16));
+      }
+    }
+  });
+}
+
+void lowbit_rows(const LowbitRowsArgs& a, const Parallel& parallel) {
+  // Codes below which waking a thread costs more than it saves.
+  constexpr int64_t kCodesPerTask = 4096;
+  const int64_t work = div_up(a.count * a.k, kCodesPerTask);
+  const int64_t tasks = min_of(min_of(parallel.threads, a.count), work);
+  parallel.for_each(tasks, [&](int64_t task) {
+    for (int64_t i = a.count * task / tasks; i < a.count * (task + 1) / tasks; ++i) {
+      switch (a.y_type) {
+        case FloatType::f32: write_row(a, a.rows[i], static_cast<float*>(a.y) + i * a.k); break;
+        case FloatType::bf16: write_row(a, a.rows[i], static_cast<bf16*>(a.y) + i * a.k); break;
+        case FloatType::f16: write_row(a, a.rows[i], static_cast<f16*>(a.y) + i * a.k); break;
+      }
     }
   });
 }

@@ -34,9 +34,10 @@ void codes_at(const uint8_t* panel, int32_t bits, int64_t lane, int64_t k, uint8
     } else if (bits == 2) {
       codes[b] = (half[in_line] >> (sub * 2)) & 3;
     } else {
-      const int low = (half[k / 16 % 2 * 64 + in_line] >> (sub * 2)) & 3;
-      const int high = (half[128 + in_line] >> (k / 4 % 8)) & 1;
-      codes[b] = uint8_t(low | high << 2);
+      const int64_t j = k / 4 % 8;
+      const int code = half[j / 3 * 64 + in_line] >> (j % 3 * 3);
+      const int high = half[128 + in_line] >> (6 + j / 3) & 1;
+      codes[b] = uint8_t(j % 3 == 2 ? (code & 3) | high << 2 : code & 7);
     }
   }
 }

@@ -49,7 +49,11 @@ def compress(
     samples: Annotated[int, typer.Option(min=1, help="Pieces of the sample text to use.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a piece.")] = 512,
     head_bits: Annotated[
-        int, typer.Option(help="Bits of the output head, rounded; 0 leaves it dense.")
+        int,
+        typer.Option(
+            help="Bits of the output head, rounded; 0 leaves it dense. With 8, an embedding tied "
+            "to it is quantized too."
+        ),
     ] = 8,
     dtype: Annotated[
         Dtype, typer.Option(help="Type in which weights that stay dense are written.")

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import torch
@@ -23,7 +24,7 @@ from openwork.cli.options import Dtype, Threads, load_model, set_threads
 from openwork.evaluation import EvalResult, evaluate, predictions
 from openwork.models import Llama, Tokenizer
 from openwork.models.demo import SYSTEM_PROMPT, fetch_model, fetch_text
-from openwork.throughput import Speed, engine, speeds
+from openwork.throughput import Engine, Speed, engine, speeds
 
 HEAD_BITS = 8
 WINDOW, STRIDE = 1024, 512
@@ -122,7 +123,8 @@ def demo(
         for name, model in candidates.items()
     ]
     title = f"{path.stem}, {torch.get_num_threads()} threads, tier {openwork.isa()}"
-    Console().print(table(rows, theirs, title))
+    # The table says which build it was; the key in the JSON is the same everywhere.
+    Console().print(table(rows, {llama_cpp.build(): s for s in theirs.values()}, title))
     plot.parent.mkdir(parents=True, exist_ok=True)
     write_file(plot, draw(rows, path.stem))
     notes.print(f"wrote {plot}")
@@ -172,13 +174,32 @@ def _quality(
 def _speed(
     candidates: Mapping[str, Llama], path: Path, tokens: Tensor, rounds: int, notes: Console
 ) -> tuple[dict[str, Speed], dict[str, Speed]]:
-    """Of our models and of competitors, timed in turns."""
+    """Of our models and of competitors' best formats in each phase, timed in turns."""
     engines = {name: engine(model) for name, model in candidates.items()}
     reason = llama_cpp.missing()
     if reason is None:
-        engines[llama_cpp.NAME] = llama_cpp.engine(path)
+        notes.print(f"measuring {llama_cpp.NAME} too: {llama_cpp.describe()}", highlight=False)
+        engines |= _llama_engines(path)
     else:
-        notes.print(reason, style="yellow")
+        notes.print(f"{llama_cpp.NAME} is not measured: {reason}", style="yellow")
     found = speeds(engines, tokens, rounds=rounds)
     ours = {name: found.pop(name) for name in candidates}
-    return ours, found
+    for name, speed in found.items():
+        notes.print(
+            f"{name}: prefill {speed.prefill:.0f}, decode {speed.decode:.0f} tok/s", highlight=False
+        )
+    if not found:
+        return ours, {}
+    best = Speed(max(s.prefill for s in found.values()), max(s.decode for s in found.values()))
+    return ours, {llama_cpp.NAME: best}
+
+
+def _llama_engines(path: Path) -> dict[str, Engine]:
+    """llama.cpp on the file as it is and, where it can write that, on its fastest 4-bit format."""
+    engines = {f"{llama_cpp.NAME} {path.stem}": llama_cpp.engine(path)}
+    if llama_cpp.can_requantize():
+        with TemporaryDirectory() as folder:  # a file needs no name once it is mapped
+            file = Path(folder) / "model.gguf"
+            llama_cpp.requantize(path, file, llama_cpp.FASTEST, torch.get_num_threads())
+            engines[f"{llama_cpp.NAME} {llama_cpp.FASTEST}"] = llama_cpp.engine(file)
+    return engines

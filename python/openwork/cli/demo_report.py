@@ -7,12 +7,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
+from openwork.cli import llama_cpp
 from openwork.evaluation import EvalResult
 from openwork.throughput import Speed
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of the plot: models that share a method share a colour.
 _COLOURS = {"dense": "0.4", "gptq": "tab:blue", "rtn": "tab:orange"}
@@ -49,8 +55,9 @@ def table(rows: Sequence[Row], competitors: Mapping[str, Speed], title: str) -> 
         out.add_row(name, "", "", "", "", *_speed(speed, first))
     out.caption = (
         "MB: all weights in memory, the embedding included. KL (nats a token) and top-1 (same "
-        f"likeliest token): against {rows[0].name}. Competitors run the same model file, "
-        "in the build their package ships."
+        f"likeliest token): against {rows[0].name}. {llama_cpp.NAME} runs the same model file, in "
+        f"each phase the faster of its own format and, where the package can write it, "
+        f"{llama_cpp.FASTEST}."
     )
     return out
 
@@ -89,26 +96,58 @@ def to_json(rows: Sequence[Row], competitors: Mapping[str, Speed]) -> bytes:
 
 
 def draw(rows: Sequence[Row], title: str) -> bytes:
-    """A PNG: KL from the dense model over the bytes of the weights, lower left is better."""
-    # Without a display, and drawn into a buffer: pyplot's global state stays untouched.
+    """:func:`plot` as a PNG."""
+    buffer = io.BytesIO()
+    plot(rows, title).savefig(buffer, dpi="figure")
+    return buffer.getvalue()
+
+
+def plot(rows: Sequence[Row], title: str) -> Figure:
+    """KL from the dense model over the bytes of the weights, lower left is better."""
+    # Without a display, and without pyplot, whose state is global.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="weights, MB", ylabel="KL from dense fp32, nats a token")
     # A logarithmic axis has no 0; the dense model itself lies on the lower edge.
     positive = [row.quality.kl for row in rows if row.quality.kl]
     floor = min(positive, default=1e-3) / 2
-    for row in rows:
-        x, y = row.weight_bytes / 1e6, max(row.quality.kl or 0.0, floor)
-        method = row.name.partition("-")[0]
-        axes.plot(x, y, "o", color=_COLOURS.get(method, "0.4"))
-        axes.annotate(row.name, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    points = {row.name: (row.weight_bytes / 1e6, max(row.quality.kl or 0.0, floor)) for row in rows}
+    for name, (x, y) in points.items():
+        axes.plot(x, y, "o", color=_COLOURS.get(name.partition("-")[0], "0.4"))
     axes.set_yscale("log")
-    axes.margins(x=0.15)
+    axes.margins(y=0.15)
+    axes.set_xlim(0, 1.25 * max(x for x, _ in points.values()))  # room for the names
     axes.grid(alpha=0.3)
     axes.set_title(f"{title}: quality against size")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    return buffer.getvalue()
+    _name_points(figure, axes, points)
+    return figure
+
+
+def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name right of its point, or higher where that would cover a point or a name."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # the layout, from which pixels follow
+    figure.set_layout_engine("none")
+    pixels = axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels]
+    for (name, point), (x, y) in sorted(
+        zip(points.items(), pixels, strict=True), key=lambda item: float(item[1][1])
+    ):
+        # In pixels, at 8 points and 120 to the inch: a line is 15 high, a letter below 9 wide.
+        box = Bbox.from_bounds(x + 16, y - 7.5, 9 * len(name), 15)
+        while box.count_overlaps(taken):
+            box = box.translated(0, 1)
+        taken.append(box)
+        axes.annotate(
+            name,
+            point,
+            xytext=(box.x0, (box.y0 + box.y1) / 2),
+            textcoords="figure pixels",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.7", "relpos": (0, 0.5), "shrinkA": 1},
+        )

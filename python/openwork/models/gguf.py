@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -82,17 +83,15 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: BinaryIO = self.path.open("rb")
-        try:
+        with ExitStack() as on_error:
+            self._file: BinaryIO = on_error.enter_context(self.path.open("rb"))
             self._size = self._file.seek(0, 2)
             self._file.seek(0)
             self._position = 0
             self.metadata: dict[str, Any] = {}
             self.tensors: dict[str, GGUFTensor] = {}
             self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
+            on_error.pop_all()
 
     def __enter__(self) -> GGUFFile:
         return self

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from openwork import ops
 from openwork.models.config import Llama3Rope, LlamaConfig
+from openwork.models.decode_plan import DecodePlan
 from openwork.models.tokenizer import Tokenizer
 
 
@@ -75,6 +76,9 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 # call, 3.1 in chunks of 128, 4.8 in chunks of 64).
 _CHUNK = 128
 
+# Queries up to which reading each key once for all of them beats torch's kernel.
+_DECODE = 8
+
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of the last ``t`` of ``n`` positions.
@@ -88,12 +92,6 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """
     b, t, h, e = q.shape
     g, n = keys.shape[1:3]
-    if t == 1:
-        # One query sees every key, so the h / g heads of a group may pose as h / g queries of one
-        # head: each key is read once a group, and one call does the rest (measured equal to
-        # hand-written baddbmm, softmax and bmm, which is three calls).
-        y = F.scaled_dot_product_attention(q.view(b, g, h // g, e), keys, values)
-        return y.reshape(b, 1, h * e)
     q = q.transpose(1, 2)
     chunks = []
     for begin in range(0, t, _CHUNK):
@@ -184,11 +182,14 @@ class Layer(nn.Module):
         if keys is None or values is None:
             qk = _rope(qkv.narrow(2, 0, h + g), cos, sin)
             q, keys, values = qk.narrow(2, 0, h), qk.narrow(2, h, g), qkv.narrow(2, h + g, g)
-            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            y = _attention(q, keys.transpose(1, 2), values.transpose(1, 2))
         else:
             q = ops.rope_append(qkv, cos, sin, keys, values, start)
-            keys, values = keys.narrow(2, 0, start + t), values.narrow(2, 0, start + t)
-        x = attn["o"](_attention(q, keys, values), add=x)
+            if t <= _DECODE:
+                y = ops.decode_attention(q, keys, values, start + t).view(b, t, h * e)
+            else:
+                y = _attention(q, keys[:, :, : start + t], values[:, :, : start + t])
+        x = attn["o"](y, add=x)
         gate_up = mlp["gate_up"](_rms_norm(x, weights["mlp_norm"], self.eps))
         return cast(Tensor, mlp["down"](_silu_mul(gate_up), add=x))
 
@@ -206,6 +207,8 @@ class KVCache:
         length: tokens held. Setting it to a smaller number forgets the later tokens.
         keys: of each layer, ``[batch, kv_heads, max_len, head_dim]``.
         values: alike.
+        plan: the model's layers as they were when the first token came; what is done to them before
+            the next first token may go unseen.
     """
 
     def __init__(self, config: LlamaConfig, max_len: int, batch: int, dtype: torch.dtype) -> None:
@@ -214,6 +217,7 @@ class KVCache:
                 f"KVCache: max_len and batch must be at least 1, got {max_len}, {batch}"
             )
         self.max_len, self.batch, self.length = max_len, batch, 0
+        self.plan: DecodePlan | None = None
         shape = (2, config.layers, batch, config.kv_heads, max_len, config.head_dim)
         with torch.inference_mode(False):  # so that it may be used in and out of that mode
             keys, values = torch.empty(shape, dtype=dtype).unbind(0)
@@ -272,7 +276,7 @@ class Llama(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations."""
-        return self.embed.weight.dtype
+        return self.norm.dtype
 
     def new_cache(self, max_len: int, batch: int = 1) -> KVCache:
         """An empty :class:`KVCache` for ``batch`` sequences of up to ``max_len`` tokens."""
@@ -320,8 +324,17 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin)
         else:
             cache.reserve(*tokens.shape)
-            for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-                x = layer(x, cos, sin, keys, values, start)
+            if cache.plan is None or start == 0 or cache.plan.layers is not self.layers:
+                cache.plan = DecodePlan(self.layers)
+            plan = cache.plan
+            if t <= _DECODE and plan.usable and not torch.is_grad_enabled():
+                x = ops.decoder_layers(
+                    x, cos, sin, cache.keys, cache.values, start, plan.weights, plan.linears,
+                    self.config.heads, self.config.norm_eps,
+                )  # fmt: skip
+            else:
+                for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+                    x = layer(x, cos, sin, keys, values, start)
             cache.length = start + t
         return _rms_norm(x, self.norm, self.config.norm_eps)
 

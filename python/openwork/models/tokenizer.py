@@ -115,7 +115,7 @@ def tokenizer_from_file(path: str | Path) -> Tokenizer:
     data = Path(path).read_bytes()
     try:
         return Tokenizer(tokenizers.Tokenizer.from_buffer(data))
-    except Exception as error:  # the package raises bare Exception
+    except ValueError as error:
         raise FormatError(f"{path}: a tokenizer expected, got: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .embedding import LowbitEmbedding
 from .linear import LowbitLinear
 
-__all__ = ["LowbitLinear"]
+__all__ = ["LowbitEmbedding", "LowbitLinear"]

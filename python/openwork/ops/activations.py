@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check, check_float, check_shape
+from .checks import (
+    check,
+    check_contiguous,
+    check_defined,
+    check_dtype,
+    check_float,
+    check_last_stride,
+    check_max_len,
+    check_result_rank,
+    check_shape,
+)
 
 # Overloads, looked up once: finding them by name costs half a microsecond a call.
 _rms_norm = torch.ops.openwork.rms_norm.default
@@ -128,38 +138,77 @@ def rope_append(
 
 @torch.library.register_fake("openwork::rms_norm")
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    check_float("rms_norm", "x", x)
+    op = "rms_norm"
+    check_float(op, "x", x)
     check(
         x.dim() >= 1 and x.shape[-1] >= 1,
         f"rms_norm: x must have a last dimension of at least 1, got {list(x.shape)}",
     )
-    check_shape("rms_norm", "weight", weight, [x.shape[-1]])
+    check_dtype(op, "weight", weight, x.dtype)
+    check_shape(op, "weight", weight, [x.shape[-1]])
+    check_contiguous(op, "weight", weight)
+    check_result_rank(op, x)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("openwork::silu_mul")
 def _silu_mul_fake(x: Tensor) -> Tensor:
-    check_float("silu_mul", "x", x)
+    op = "silu_mul"
+    check_float(op, "x", x)
     check(
         x.dim() >= 1 and x.shape[-1] >= 2 and x.shape[-1] % 2 == 0,
-        f"silu_mul: x must have an even last dimension (gate and up), got {list(x.shape)}",
+        f"{op}: x must have an even last dimension (gate and up), got {list(x.shape)}",
     )
+    check_result_rank(op, x)
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-def _check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_tables(op: str, cos: Tensor, sin: Tensor, t: int, d: int) -> None:
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_dtype(op, name, table, torch.float32)
+        check_shape(op, name, table, [t, d // 2])
+        check_contiguous(op, name, table)
+
+
+def check_cache(
+    op: str,
+    keys: Tensor,
+    values: Tensor,
+    b: int,
+    t: int,
+    d: int,
+    dtype: torch.dtype,
+    position: int,
+) -> int:
+    """Returns kv_heads."""
+    check_defined(op, "keys", keys)
+    check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
+    g, max_len = keys.shape[1:3]
+    check_max_len(op, max_len)
+    for name, cache in (("keys", keys), ("values", values)):
+        check_dtype(op, name, cache, dtype)
+        check_shape(op, name, cache, [b, g, max_len, d])
+        check_last_stride(op, name, cache)
+    check(
+        0 <= position <= max_len - t,
+        f"{op}: position must be in 0 .. {max_len - t} (max_len less the tokens of x), "
+        f"got {position}",
+    )
+    return g
+
+
+def _check_heads(op: str, x: Tensor) -> None:
     check_float(op, "x", x)
     check(
         x.dim() == 4 and x.shape[3] >= 2 and x.shape[3] % 2 == 0,
         f"{op}: x must be [b, t, h, d] with d even, got {list(x.shape)}",
     )
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_shape(op, name, table, [x.shape[1], x.shape[3] // 2])
 
 
 @torch.library.register_fake("openwork::rope")
 def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check_rope("rope", x, cos, sin)
+    _check_heads("rope", x)
+    check_tables("rope", cos, sin, x.shape[1], x.shape[3])
     return x.new_empty(x.shape)
 
 
@@ -168,19 +217,12 @@ def _rope_append_fake(
     x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int
 ) -> Tensor:
     op = "rope_append"
-    _check_rope(op, x, cos, sin)
-    check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
+    _check_heads(op, x)
     b, t, heads, d = x.shape
-    g, max_len = keys.shape[1:3]
+    check_tables(op, cos, sin, t, d)
+    g = check_cache(op, keys, values, b, t, d, x.dtype, position)
     check(
         heads > 2 * g,
         f"{op}: x must have more than 2 * kv_heads = {2 * g} heads, got {heads}",
-    )
-    for name, cache in (("keys", keys), ("values", values)):
-        check_shape(op, name, cache, [b, g, max_len, d])
-    check(
-        0 <= position <= max_len - t,
-        f"{op}: position must be in 0 .. {max_len - t} (max_len less the tokens of x), "
-        f"got {position}",
     )
     return x.new_empty((b, t, heads - 2 * g, d))

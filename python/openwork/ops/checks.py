@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIM = 16
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -17,10 +18,19 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_defined(op: str, name: str, tensor: Tensor | None) -> None:
+    check(tensor is not None, f"{op}: {name} must be a tensor, got None")
+
+
+def is_float(dtype: torch.dtype) -> bool:
+    return dtype in _FLOATS
+
+
 def check_float(op: str, name: str, tensor: Tensor) -> None:
+    check_defined(op, name, tensor)
     check(
-        tensor.dtype in _FLOATS,
-        f"{op}: {name} must be float32, bfloat16 or float16, got {_name(tensor.dtype)}",
+        is_float(tensor.dtype),
+        f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}",
     )
 
 
@@ -32,4 +42,33 @@ def check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, want: torch.dtype) -> None:
-    check(tensor.dtype == want, f"{op}: {name} must be {_name(want)}, got {_name(tensor.dtype)}")
+    check_defined(op, name, tensor)
+    check(
+        tensor.dtype == want,
+        f"{op}: {name} must be {dtype_name(want)}, got {dtype_name(tensor.dtype)}",
+    )
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    check(
+        tensor.is_contiguous(),
+        f"{op}: {name} must be contiguous, got strides of a view; call .contiguous()",
+    )
+
+
+def check_last_stride(op: str, name: str, tensor: Tensor) -> None:
+    check(
+        tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
+        f"{op}: {name} must have a last stride of 1, got {tensor.stride(-1)}",
+    )
+
+
+def check_max_len(op: str, max_len: int) -> None:
+    check(max_len < 2**31, f"{op}: keys must have fewer than 2^31 tokens, got {max_len}")
+
+
+def check_result_rank(op: str, x: Tensor) -> None:
+    check(
+        x.dim() <= MAX_DIM,
+        f"{op}: x must have at most {MAX_DIM} dimensions, got {x.dim()}",
+    )

@@ -9,17 +9,29 @@ from torch import Tensor
 
 from .._native import layouts
 from ..packing import PackedWeight, layout_for_bits
-from .checks import check, check_dtype, check_float, check_shape
+from .checks import (
+    MAX_DIM,
+    check,
+    check_contiguous,
+    check_dtype,
+    check_float,
+    check_result_rank,
+    check_shape,
+    dtype_name,
+    is_float,
+)
 
 Compute = Literal["float", "int8"]
 
 _COMPUTE_IDS = {"float": 0, "int8": 1}
-# The overload, looked up once: finding it by name costs half a microsecond a call.
+# The overloads, looked up once: finding one by name costs half a microsecond a call.
 lowbit_linear_overload = torch.ops.openwork.lowbit_linear.default
+lowbit_embedding_overload = torch.ops.openwork.lowbit_embedding.default
 
 _PANEL = 32
 _HALF = 16
 _PAD_K = 32
+_MAX_GROUP = 65536
 
 
 def pack_lowbit(
@@ -156,6 +168,35 @@ def lowbit_arguments(
     )
 
 
+def lowbit_embedding(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows of a group-quantized weight: ``dequantize(weight)[ids]``.
+
+    For an embedding that shares the packed weight of the output head.
+
+    Args:
+        ids: ``[...]`` int64, each in ``0 .. n - 1``.
+        weight: from :func:`pack_lowbit`.
+        dtype: of the result: float32, bfloat16 or float16.
+
+    Returns:
+        ``[..., k]``: ``scales * (codes - zeros)`` in fp32, rounded once. No gradient.
+
+    Raises:
+        ValueError: a wrong dtype, or an id out of range.
+
+    Example:
+        >>> codes = torch.arange(8, 16, dtype=torch.uint8)[:, None].expand(8, 32)
+        >>> w = openwork.pack_lowbit(codes, torch.ones(8, 1), bits=4, group_size=32)
+        >>> openwork.ops.lowbit_embedding(torch.tensor([3, 7]), w)[:, 0].tolist()
+        [3.0, 7.0]
+    """
+    tensors, numbers = lowbit_arguments(weight, "float")
+    y: Tensor = lowbit_embedding_overload(ids, *tensors, *numbers[:4], dtype)
+    return y
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to int8: ``scales = max_k |x| / 127``, ``codes = round(x * (127 / max))``.
 
@@ -192,8 +233,16 @@ def _groups(op: str, n: int, k: int, group_size: int) -> int:
         f"{op}: weight must have at least one row and one column, got n = {n}, k = {k}",
     )
     check(
+        n < 2**31 and k < 2**31,
+        f"{op}: weight must have fewer than 2^31 rows and columns, got n = {n}, k = {k}",
+    )
+    check(
         group_size in (16, 32, 64, 128, k),
         f"{op}: group_size must be 16, 32, 64, 128 or k = {k}, got {group_size}",
+    )
+    check(
+        group_size <= _MAX_GROUP,
+        f"{op}: one group a row takes k up to {_MAX_GROUP}, got {k}; use a smaller group_size",
     )
     return -(-k // group_size)
 
@@ -218,17 +267,24 @@ def _lowbit_linear_fake(
         x.dim() >= 1 and x.shape[-1] == k,
         f"{op}: x must have last dimension k = {k} (from weight), got {list(x.shape)}",
     )
-    _check_packed(op, packed, scales, zeros, layout, n, k, group_size)
+    check_lowbit(op, packed, scales, zeros, layout, n, k, group_size)
+    check(
+        compute in _COMPUTE_IDS.values(),
+        f"{op}: compute must be 0 (float) or 1 (int8), got {compute}",
+    )
     if bias is not None:
         check_dtype(op, "bias", bias, x.dtype)
         check_shape(op, "bias", bias, [n])
+        check_contiguous(op, "bias", bias)
+    check_result_rank(op, x)
     if add is not None:
         check_dtype(op, "add", add, x.dtype)
         check_shape(op, "add", add, [*x.shape[:-1], n])
+        check_contiguous(op, "add", add)
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _check_packed(
+def check_lowbit(
     op: str,
     packed: Tensor,
     scales: Tensor,
@@ -248,20 +304,51 @@ def _check_packed(
     groups = _groups(op, n, k, group_size)
     check_dtype(op, "packed", packed, torch.uint8)
     check_shape(op, "packed", packed, _packed_shape(bits, n, k))
+    check_contiguous(op, "packed", packed)
     check_float(op, "scales", scales)
     check_shape(op, "scales", scales, [-(-n // _PANEL), groups, _PANEL])
+    check_contiguous(op, "scales", scales)
     if zeros is not None:
         check_dtype(op, "zeros", zeros, torch.uint8)
         check_shape(op, "zeros", zeros, [-(-n // _PANEL), groups, _PANEL])
+        check_contiguous(op, "zeros", zeros)
+
+
+@torch.library.register_fake("openwork::lowbit_embedding")
+def _lowbit_embedding_fake(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    layout: int,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    op = "lowbit_embedding"
+    check_dtype(op, "ids", ids, torch.int64)
+    check(
+        ids.dim() < MAX_DIM,
+        f"{op}: ids must have fewer than {MAX_DIM} dimensions, got {ids.dim()}",
+    )
+    check_lowbit(op, packed, scales, zeros, layout, n, k, group_size)
+    check(
+        is_float(dtype),
+        f"{op}: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}",
+    )
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
 @torch.library.register_fake("openwork::quantize_rows")
 def _quantize_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_float("quantize_rows", "x", x)
+    op = "quantize_rows"
+    check_float(op, "x", x)
     check(
         x.dim() >= 1 and x.shape[-1] >= 1,
-        f"quantize_rows: x must have a last dimension of at least 1, got {list(x.shape)}",
+        f"{op}: x must have a last dimension of at least 1, got {list(x.shape)}",
     )
+    check_result_rank(op, x)
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(x.shape[:-1], dtype=torch.float32),
@@ -301,7 +388,7 @@ def _unpack_lowbit_fake(
     k: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_packed("unpack_lowbit", packed, scales, zeros, layout, n, k, group_size)
+    check_lowbit("unpack_lowbit", packed, scales, zeros, layout, n, k, group_size)
     groups = -(-k // group_size)
     return (
         packed.new_empty((n, k)),

@@ -15,8 +15,8 @@ applied late, all those of a run of columns to the run after it in one matrix pr
                              round(b .. c)                    with b in the middle, E the errors
 
 Frantar et al. 2022, arXiv 2210.17323. Different here: grids come from the *stored* (rounded)
-scales, ``U`` from one factorisation without forming the inverse, and runs are halved down to single
-columns instead of being cut into blocks of 128, so that all corrections are matrix products.
+scales, the inverse is not formed, and runs are halved down to single columns instead of being cut
+into blocks of 128.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from openwork.quant.grid import (
 )
 from openwork.quant.rtn import find_grid
 
-# Damping grows by this factor until the factorisation succeeds, and gives up above _MAX_DAMPING:
-# a positive semi-definite matrix succeeds long before its diagonal is a hundred times its mean.
 _DAMPING_GROWTH = 10.0
+# The factorisation of a positive semi-definite matrix succeeds long before its diagonal is a
+# hundred times its mean.
 _MAX_DAMPING = 100.0
 
 
@@ -54,7 +54,7 @@ def gptq(
     damping: float = 0.01,
     scale_dtype: torch.dtype = torch.float16,
 ) -> QuantizedTensor:
-    """Quantize a weight so that ``tr((W - Q) H (W - Q)^T)`` is small.
+    """Quantize a weight so that its outputs for given inputs change little.
 
     A column whose input was always 0 (``H_jj = 0``) becomes 0. With ``H`` a multiple of the
     identity the result is that of :func:`rtn`, bit for bit.

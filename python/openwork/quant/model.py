@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from openwork.nn import LowbitLinear
+from openwork.nn import LowbitEmbedding, LowbitLinear
 from openwork.ops import pack_lowbit
 from openwork.ops.lowbit import Compute
 from openwork.quant.calibration import InputSecondMoment, calibrate
@@ -32,9 +32,8 @@ class LinearReport:
         name: such as ``"layers.3.attn.qkv"``, or ``"head"``.
         shape: ``(n, k)``.
         weight_error: ``|W - Q|^2 / |W|^2``, Frobenius.
-        output_error: ``tr(D H D^T) / tr(W H W^T)`` with ``D = W - Q`` and ``H`` the second moment
-            of the calibration inputs: the share of the output's energy that is wrong. None without
-            calibration.
+        output_error: what :func:`gptq` makes small, as a share of the output's energy
+            ``tr(W H W^T)``. None without calibration.
         bytes_before: of the dense weight.
         bytes_after: of the packed weight.
     """
@@ -51,16 +50,16 @@ class LinearReport:
 class QuantizationReport:
     """What :func:`quantize_model` did and what it took.
 
-    Quantizing holds the model, the hidden states of the calibration samples, the statistics of one
-    layer and the work space of one linear; ``model_bytes_before + hidden_bytes + statistics_bytes``
-    is therefore nearly all of ``peak_bytes`` that is not the Python process itself.
+    ``model_bytes_before + hidden_bytes + statistics_bytes`` is nearly all of ``peak_bytes`` that is
+    not the Python process itself; the rest is the work space of one linear.
 
     Attributes:
         linears: one entry per quantized linear, in the order of the model.
-        model_bytes_before: parameters and buffers of the dense model, shared ones once.
-        model_bytes_after: the same afterwards, with packed weights.
-        hidden_bytes: the calibration samples' hidden states; 0 without calibration.
-        statistics_bytes: most held for the statistics of one layer; 0 without calibration.
+        model_bytes_before: :func:`model_bytes` of the dense model.
+        model_bytes_after: the same of the quantized one.
+        hidden_bytes: see :class:`~openwork.quant.calibration.CalibrationReport`; 0 without
+            calibration.
+        statistics_bytes: alike.
         peak_bytes: highest resident memory of the whole process so far, as the system counts it.
     """
 
@@ -94,13 +93,15 @@ def quantize_model(
     """Replace the linears of ``model`` by :class:`~openwork.nn.LowbitLinear`, in place.
 
     Args:
-        model: dense; its layers' linears are quantized, embedding and norms are not.
+        model: dense; its layers' linears are quantized, norms are not.
         method: ``"rtn"`` (:func:`rtn`, no data) or ``"gptq"`` (:func:`gptq`, on ``calibration``).
         bits, group_size, symmetric, search, scale_dtype: the grid, see :func:`rtn`.
         act_order, static_groups, damping: see :func:`gptq`; not used by ``"rtn"``.
         calibration: ``[samples, length]`` int64 token ids for ``"gptq"``; not used by ``"rtn"``.
         head_bits: quantize the output head too, by RTN with this width and the same grid otherwise.
-            An embedding tied to the head keeps its dense weight. None: the head stays dense.
+            With 8, an embedding tied to the head stays tied, as a
+            :class:`~openwork.nn.LowbitEmbedding`; with fewer, which are too coarse for what all
+            layers start from, it keeps its dense weight. None: the head stays dense.
         compute: how the new linears multiply, also while calibrating; see
             :func:`openwork.lowbit_linear`.
         progress: show a progress bar.
@@ -144,6 +145,10 @@ def quantize_model(
     if head_bits is not None:
         q = rtn(model.head.weight, **grid.arguments() | {"bits": head_bits})
         reports.append(_install("head", model, "head", q, compute))
+        if model.config.tied_head and head_bits == 8:
+            head = model.get_submodule("head")
+            assert isinstance(head, LowbitLinear)
+            model.register_module("embed", LowbitEmbedding(head.weight, model.dtype))
     return QuantizationReport(
         linears=tuple(reports),
         model_bytes_before=bytes_before,
@@ -155,10 +160,11 @@ def quantize_model(
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, buffers and packed weights of a model; shared tensors count once."""
+    """Bytes of all parameters, buffers and packed weights of a model; shared ones count once."""
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-    packed = (m.weight.nbytes for m in model.modules() if isinstance(m, LowbitLinear))
-    return sum(tensors.values()) + sum(packed)
+    owners = (m for m in model.modules() if isinstance(m, (LowbitEmbedding, LowbitLinear)))
+    packed = {m.weight.packed.data_ptr(): m.weight.nbytes for m in owners}
+    return sum(tensors.values()) + sum(packed.values())
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from . import activations, lowbit
+from . import activations, attention, decoder, lowbit
 from .case import Cost, OpCase, Reject, Sample, Workload
 
-CASES: tuple[OpCase, ...] = (*lowbit.CASES, *activations.CASES)
+CASES: tuple[OpCase, ...] = (
+    *lowbit.CASES,
+    *activations.CASES,
+    *attention.CASES,
+    *decoder.CASES,
+)
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]

@@ -11,6 +11,11 @@ from torch import Tensor
 
 Unit = Literal["fp32", "bf16", "int8"]
 
+# Unit roundoffs: half the distance from 1 to the next number.
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Smallest normal numbers; below, the absolute rounding error stops shrinking.
+TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -23,12 +28,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """Arguments that must be refused with a ``ValueError`` whose text contains ``message``."""
+    """Arguments that must be refused with a ``ValueError`` whose text contains ``message``.
+
+    ``of_values``: for what the tensors hold, which a fake implementation does not see.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     message: str
+    of_values: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+from ..ops.lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from ..packing import PackedWeight
-from .case import Cost, OpCase, Reject, Sample, Workload
-
-# Unit roundoffs: half the distance from 1 to the next number.
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-# Smallest normal numbers; below, the absolute rounding error stops shrinking.
-TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14}
+from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, g: int) -> Tensor:
@@ -288,10 +283,6 @@ def _linear_workloads() -> Iterator[Workload]:
         yield workload(1, n, k, 4, "int8", "float32")
 
 
-# Below this many rows of bf16 the kernels encode them; see lowbit_gemm_takes_bf16.
-_BF16_ROWS = 12
-
-
 def _linear_cost(params: Mapping[str, Any]) -> Cost:
     m, n, k, bits = params["m"], params["n"], params["k"], params["bits"]
     groups = -(-k // params["group_size"])
@@ -301,14 +292,59 @@ def _linear_cost(params: Mapping[str, Any]) -> Cost:
     ops = 2 * m * n * k
     if params["compute"] == "int8":
         return Cost(moved, ops, "int8")
-    bf16 = params["dtype"] == "bfloat16" and m >= _BF16_ROWS
-    if bf16 and _native.isa() == "avx512bf16":
+    # Few rows of bf16 are encoded (lowbit_gemm_takes_bf16); no workload has so few.
+    if params["dtype"] == "bfloat16" and _native.isa() == "avx512bf16":
         return Cost(moved, ops, "bf16")
     # Three int8 products for each of x's digits.
     return Cost(moved, 3 * ops, "int8")
 
 
+def lowbit_embedding_reference(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``dequantize(weight)[ids]``, rounded to float32, then to dtype."""
+    w = dequantize(*unpack_lowbit(weight), weight.bits, weight.group_size)
+    return w.float()[ids].to(dtype)
+
+
+def _embedding_samples() -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(10)
+    for bits in (2, 3, 4, 8):
+        for i, (n, k, g) in enumerate(((1, 1, 1), (33, 37, 16), (100, 72, 32), (70, 300, 300))):
+            dtype, scales = list(EPS)[(i + bits) % 3], list(EPS)[bits % 3]
+            weight = make_weight(n, k, bits, g, i % 2 == 0, scales)
+            ids = torch.randint(n, (2, 9), generator=generator)
+            yield Sample(f"w{bits}-{n}x{k}-g{g}-{str(dtype)[6:]}", (ids, weight, dtype))
+    yield Sample("strided", (ids.T, weight))
+    yield Sample("scalar", (ids[0, 0], weight))
+    yield Sample("no-ids", (ids[:, :0], weight))
+
+
+def _embedding_rejects() -> Iterator[Reject]:
+    weight = make_weight(40, 32, 8, 32, True, torch.float32)
+    ids = torch.tensor([0, 39])
+    yield Reject("high", (ids + 1, weight), {}, "ids must be in 0 .. 39, got 40", of_values=True)
+    yield Reject("low", (ids - 1, weight), {}, "ids must be in 0 .. 39, got -1", of_values=True)
+    yield Reject("ids", (ids.int(), weight), {}, "ids must be int64, got int32")
+    yield Reject("dtype", (ids, weight, torch.float64), {}, "dtype must be float32")
+    yield Reject("layout", (ids, replace(weight, layout="w4_n32k8@1")), {}, "packed must have")
+
+
+def _raw_embedding(sample: Sample) -> tuple[Any, ...]:
+    ids, w, dtype = (*sample.args, torch.float32)[:3]
+    return (ids, w.packed, w.scales, w.zeros, w.layout_id, w.n, w.k, w.group_size, dtype)
+
+
 CASES = (
+    OpCase(
+        "lowbit_embedding",
+        lowbit_embedding,
+        lowbit_embedding_reference,
+        lambda sample, expected: (0.0,),
+        raw=_raw_embedding,
+        samples=lambda: list(_embedding_samples()),
+        rejects=lambda: list(_embedding_rejects()),
+    ),
     OpCase(
         "lowbit_linear",
         lowbit_linear,

@@ -1,0 +1,289 @@
+"""Random calls: valid ones equal the reference; damaged ones are refused or answered, never worse.
+
+A new operator is damaged here from the samples of its case. A strategy in ``_VALID`` draws valid
+calls of it too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from openwork.ops import pack_lowbit
+from openwork.testing import CASES, OpCase, Sample
+from openwork.testing.case import as_tuple
+from openwork.testing.lowbit import make_weight
+
+Draw = st.DrawFn
+Raw = tuple[Any, ...]
+
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+BITS = st.sampled_from([2, 3, 4, 8])
+SIZES = st.integers(0, 5)
+HALVES = st.integers(1, 40)
+
+
+def _fuzz(max_examples: int) -> settings:
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        # A loaded machine is no fault of the calls.
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+def _random(
+    draw: Draw, shape: list[int], dtype: torch.dtype, *, dense_last: bool = False
+) -> Tensor:
+    """Normal numbers of several sizes; dimensions in any order in memory, with gaps or without."""
+    fixed = len(shape) - 1 if dense_last else len(shape)
+    order = [*draw(st.permutations(range(fixed))), *range(fixed, len(shape))]
+    gaps = [draw(st.integers(1, 2)) if i < fixed else 1 for i in order]
+    size = draw(st.sampled_from([0.0, 1e-3, 1.0, 4.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    wide = [shape[i] * gap for i, gap in zip(order, gaps, strict=True)]
+    memory = (size * torch.randn(wide, generator=generator)).to(dtype)
+    spaced = memory[tuple(slice(None, None, gap) for gap in gaps)]
+    return spaced.permute([order.index(i) for i in range(len(shape))])
+
+
+def _rows(draw: Draw, width: int) -> Tensor:
+    """``[..., width]``: up to 3 small leading dimensions, or one that fills row blocks."""
+    lead = draw(st.lists(SIZES, max_size=3) | st.lists(st.integers(0, 70), min_size=1, max_size=1))
+    return _random(draw, [*lead, width], draw(FLOATS))
+
+
+def _contiguous(draw: Draw, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return _random(draw, shape, dtype).contiguous()
+
+
+def _rms_norm(draw: Draw) -> Sample:
+    x = _rows(draw, draw(st.integers(1, 150)))
+    weight = _contiguous(draw, [x.shape[-1]], x.dtype)
+    return Sample("fuzz", (x, weight, draw(st.sampled_from([1e-6, 1e-5, 1.0]))))
+
+
+def _silu_mul(draw: Draw) -> Sample:
+    return Sample("fuzz", (_rows(draw, 2 * draw(HALVES)),))
+
+
+def _tables(draw: Draw, t: int, d: int) -> tuple[Tensor, Tensor]:
+    angles = 100 * _contiguous(draw, [t, d // 2], torch.float32)
+    return angles.cos(), angles.sin()
+
+
+def _rope(draw: Draw) -> Sample:
+    b, t, h, d = draw(SIZES), draw(SIZES), draw(SIZES), 2 * draw(HALVES)
+    return Sample("fuzz", (_random(draw, [b, t, h, d], draw(FLOATS)), *_tables(draw, t, d)))
+
+
+def _rope_append(draw: Draw) -> Sample:
+    b, t, g, d = draw(SIZES), draw(SIZES), draw(SIZES), 2 * draw(HALVES)
+    position, rest, dtype = draw(SIZES), draw(SIZES), draw(FLOATS)
+    x = _random(draw, [b, t, draw(st.integers(1, 5)) + 2 * g, d], dtype)
+    cache = [b, g, position + t + rest, d]
+    keys, values = (_random(draw, cache, dtype, dense_last=True) for _ in range(2))
+    return Sample("fuzz", (x, *_tables(draw, t, d), keys, values, position))
+
+
+def _grid(draw: Draw) -> dict[str, Any]:
+    k = draw(st.integers(1, 300))
+    return {
+        "n": draw(st.integers(1, 100)),
+        "k": k,
+        "bits": draw(BITS),
+        "group_size": draw(st.sampled_from([16, 32, 64, 128, k])),
+    }
+
+
+def _lowbit_linear(draw: Draw) -> Sample:
+    grid = _grid(draw)
+    weight = make_weight(
+        **grid, symmetric=draw(st.booleans()), dtype=draw(FLOATS), seed=draw(st.integers(0, 9))
+    )
+    x = _rows(draw, weight.k)
+    options: dict[str, Any] = {"compute": draw(st.sampled_from(["float", "int8"]))}
+    if draw(st.booleans()):
+        options["bias"] = _contiguous(draw, [weight.n], x.dtype)
+    if draw(st.booleans()):
+        options["add"] = _contiguous(draw, [*x.shape[:-1], weight.n], x.dtype)
+    return Sample("fuzz", (x, weight), options)
+
+
+def _pack_lowbit(draw: Draw) -> Sample:
+    grid = _grid(draw)
+    n, k, bits = grid.pop("n"), grid.pop("k"), grid["bits"]
+    groups = -(-k // grid["group_size"])
+
+    def codes(columns: int) -> Tensor:
+        # Every code: the random numbers' own bits, cut to the width.
+        return (
+            _random(draw, [n, columns], torch.float32)
+            .view(torch.int32)
+            .remainder(2**bits)
+            .to(torch.uint8)
+        )
+
+    zeros = codes(groups) if draw(st.booleans()) else None
+    return Sample("fuzz", (codes(k), _random(draw, [n, groups], draw(FLOATS)), zeros), grid)
+
+
+def _quantize_rows(draw: Draw) -> Sample:
+    return Sample("fuzz", (_rows(draw, draw(st.integers(1, 150))),))
+
+
+_VALID = {
+    "lowbit_linear": _lowbit_linear,
+    "pack_lowbit": _pack_lowbit,
+    "quantize_rows": _quantize_rows,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "rope_append": _rope_append,
+    "silu_mul": _silu_mul,
+}
+
+
+@st.composite
+def _samples(draw: Draw, case: OpCase) -> Sample:
+    if case.name in _VALID:
+        return _VALID[case.name](draw)
+    # By number: hypothesis prints what it samples from.
+    samples = case.samples()
+    return samples[draw(st.integers(0, len(samples) - 1))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_valid_calls_equal_the_reference(case: OpCase, isa: str) -> None:
+    @given(_samples(case))
+    @_fuzz(max_examples=40)
+    def check(sample: Sample) -> None:
+        case.check(sample)
+
+    check()
+
+
+def _unpack_arguments(sample: Sample) -> Raw:
+    weight = pack_lowbit(*sample.args, **sample.kwargs)
+    tensors = (weight.packed, weight.scales, weight.zeros)
+    return (*tensors, weight.layout_id, weight.n, weight.k, weight.group_size)
+
+
+# The operators and their raw arguments: those of the cases, and unpack_lowbit, which has no case.
+_CALLS = {case.name: (case, case.raw) for case in CASES}
+_CALLS["unpack_lowbit"] = (_CALLS["pack_lowbit"][0], _unpack_arguments)
+
+_DTYPES = [
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
+    torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+]  # fmt: skip
+_INTS = [
+    -(2**63) - 1, -(2**63), -(2**31), -1, 0, 1, 2, 3, 5, 16, 31, 32, 33, 64, 65536, 65537,
+    2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 32, 2**63 - 1, 2**63,
+]  # fmt: skip
+_NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, -0.0, 1e-320, 1e300]
+_OTHER_KINDS = [None, 1, 1.5, "text", torch.ones(3), torch.ones(0), []]
+
+
+def _damaged_tensor(draw: Draw, tensor: Tensor) -> Tensor:
+    shape = list(tensor.shape)
+    if not shape:
+        return tensor.to(draw(st.sampled_from(_DTYPES)))
+    d = draw(st.integers(0, len(shape) - 1))
+    match draw(st.sampled_from(["dtype", "rank", "size", "strides", "values"])):
+        case "dtype":
+            return tensor.to(draw(st.sampled_from(_DTYPES)))
+        case "rank":
+            more = [1] * draw(st.sampled_from([1, 2, 17]))
+            less = shape[:d] + shape[d + 1 :]
+            shapes = [[], less, [tensor.numel()], [*more, *shape], [*shape, *more]]
+            return tensor.new_ones(draw(st.sampled_from(shapes)))
+        case "size":
+            shape[d] = max(0, draw(st.sampled_from([0, shape[d] - 1, shape[d] + 1, 2 * shape[d]])))
+            return tensor.new_ones(shape)
+        case "strides":
+            gaps = tensor.repeat_interleave(2, d)[(slice(None),) * d + (slice(None, None, 2),)]
+            turned = tensor.transpose(d, -1).contiguous().transpose(d, -1)
+            shape[d] = 1
+            repeated = tensor.new_ones(shape).expand(tensor.shape)
+            return draw(st.sampled_from([gaps, turned, repeated]))
+        case _:
+            values = [255] if tensor.dtype == torch.uint8 else [float("nan"), float("inf"), 6e4]
+            return torch.full_like(tensor, draw(st.sampled_from(values)))
+
+
+def _damaged(draw: Draw, value: object) -> object:
+    if isinstance(value, torch.dtype):
+        return draw(st.sampled_from(_DTYPES))
+    if draw(st.integers(0, 9)) == 9:
+        return draw(st.sampled_from(_OTHER_KINDS))
+    if isinstance(value, Tensor):
+        return _damaged_tensor(draw, value)
+    if isinstance(value, list) and value:
+        i = draw(st.integers(0, len(value) - 1))
+        one = _damaged(draw, value[i])
+        return draw(st.sampled_from([value[:i] + rest for rest in ([], [one, *value[i + 1 :]])]))
+    if isinstance(value, int):
+        return draw(st.sampled_from([value - 1, value + 1, 2 * value, *_INTS]))
+    if isinstance(value, float):
+        return draw(st.sampled_from(_NUMBERS))
+    return torch.ones(draw(SIZES))
+
+
+@st.composite
+def _damaged_calls(draw: Draw, name: str) -> Raw:
+    case, raw_of = _CALLS[name]
+    raw = list(raw_of(draw(_samples(case))))
+    i = draw(st.integers(0, len(raw) - 1))
+    raw[i] = _damaged(draw, raw[i])
+    return tuple(raw)
+
+
+# Conditions on values, which a fake does not have.
+_ON_VALUES = r"\w+: ((codes|zeros|ids) must be in 0 \.\.|scales must be finite)"
+
+
+def _call(name: str, raw: Raw) -> tuple[Tensor, ...] | Exception:
+    try:
+        return as_tuple(getattr(torch.ops.openwork, name).default(*raw))
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        return error
+
+
+def _words(error: Exception) -> str:
+    """The text without what fakes know better: names of rare dtypes, sizes beyond 64 bits."""
+    text = re.sub(r"-?\d{10,}", "huge", str(error))
+    return re.sub("float8_e4m3fn|complex64", "another dtype", text)
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_damaged_calls_are_refused_or_answered(name: str) -> None:
+    @given(_damaged_calls(name))
+    @_fuzz(max_examples=150)
+    def check(raw: Raw) -> None:
+        mode = FakeTensorMode()
+        fakes = tree_map_only(Tensor, mode.from_tensor, raw)
+        real = _call(name, raw)
+        with mode:
+            fake = _call(name, fakes)
+        if isinstance(real, tuple):
+            assert isinstance(fake, tuple), fake
+            assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
+            return
+        assert not isinstance(real, AttributeError)
+        assert re.search(rf"\b{name}\b", str(real)), real
+        if re.match(_ON_VALUES, str(real)):
+            assert isinstance(fake, tuple), fake
+            return
+        assert isinstance(fake, Exception), real
+        assert not isinstance(real, ValueError) or _words(fake) == _words(real)
+
+    check()
