@@ -1,4 +1,6 @@
-"""One matrix product as every competitor sees it, and what a competitor hands back.
+"""One problem as every competitor sees it, and what a competitor hands back.
+
+A matrix product:
 
     y[m, n] = x[m, k] @ w[n, k].T        x ~ N(0, 1),  w ~ U(-1, 1),  seeded, float32
 
@@ -17,10 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from openwork.testing.attention import decode_attention_reference
 from openwork.timing import Contender
 
 
@@ -28,17 +34,39 @@ class CheckError(RuntimeError):
     """A result that is not the product it should be; its time must not be reported."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Shapes, format and run conditions of one product.
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How a problem is run.
+
+    Attributes:
+        threads: threads every competitor may use.
+        cold_bytes: copies of the operand from memory (weight, cache) that are walked through must
+            exceed this many bytes; 0 keeps one hot in the caches.
+        batch: calls timed as one sample, if a competitor has that many copies.
+    """
+
+    threads: int
+    cold_bytes: int
+    batch: int = 1
+
+    def plan(self, operand_bytes: int) -> tuple[int, int]:
+        """Data sets for operands of ``operand_bytes``: ``(groups, calls)``.
+
+        ``groups * calls`` operands together exceed :attr:`cold_bytes`, so that each is read from
+        DRAM; ``calls`` of them are timed as one sample.
+        """
+        copies = max(1, -(-self.cold_bytes // operand_bytes))
+        calls = min(self.batch, copies)
+        return -(-copies // calls), calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(Conditions):
+    """Shapes and format of one product.
 
     Attributes:
         m, n, k: sizes of the product.
         bits, group_size, symmetric: format asked for; a competitor takes the nearest it has.
-        threads: threads every competitor may use.
-        cold_bytes: copies of the weight that are walked through must exceed this many bytes;
-            0 keeps one weight hot in the caches.
-        batch: products timed as one sample, if a competitor has that many weights.
     """
 
     m: int
@@ -46,10 +74,7 @@ class Problem:
     k: int
     bits: int
     group_size: int
-    threads: int
-    cold_bytes: int
     symmetric: bool = False
-    batch: int = 1
 
     @property
     def weight(self) -> NDArray[np.float32]:
@@ -67,23 +92,55 @@ class Problem:
         y: NDArray[np.float64] = self.x.astype(np.float64) @ self.weight.astype(np.float64).T
         return y
 
-    def plan(self, weight_bytes: int) -> tuple[int, int]:
-        """Data sets for weights of ``weight_bytes``: ``(groups, calls)``.
 
-        ``groups * calls`` weights together exceed :attr:`cold_bytes`, so that each is read from
-        DRAM; ``calls`` of them are timed as one sample.
-        """
-        copies = max(1, -(-self.cold_bytes // weight_bytes))
-        calls = min(self.batch, copies)
-        return -(-copies // calls), calls
+@dataclass(frozen=True, kw_only=True)
+class AttentionProblem(Conditions):
+    """Causal attention of the last ``t`` of ``keys`` tokens, over a cache that is full.
+
+    Attributes:
+        b, t, h, kv_heads, d: sequences, queries, query heads, key heads, dimensions of a head.
+        keys: tokens in the cache.
+        dtype: name of torch's, of queries and cache.
+    """
+
+    b: int
+    t: int
+    h: int
+    kv_heads: int
+    d: int
+    keys: int
+    dtype: str
+
+    @cached_property
+    def q(self) -> Tensor:
+        """``[b, t, h, d]``, normal."""
+        return self._normal(3, self.b, self.t, self.h, self.d)
+
+    @cached_property
+    def cache(self) -> Tensor:
+        """Keys, then values: ``[2, b, kv_heads, keys, d]``, normal."""
+        return self._normal(4, 2, self.b, self.kv_heads, self.keys, self.d)
+
+    def _normal(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator).to(getattr(torch, self.dtype))
+
+    @cached_property
+    def reference(self) -> NDArray[np.float64]:
+        """``[b, t, h, d]`` float64."""
+        y: NDArray[np.float64] = decode_attention_reference(
+            self.q, self.cache[0], self.cache[1], self.keys
+        ).numpy()
+        return y
 
 
 @dataclass(frozen=True)
 class Prepared(Contender):
     """A competitor ready to be timed: weights packed, buffers allocated.
 
-    ``weight_bytes`` are the bytes of one packed weight, ``output()`` is the ``[m, n]`` float result
-    of the last product ``run`` computed, ``close`` frees what Python does not own. The object
+    ``weight_bytes`` are the bytes of the operand from memory (a packed weight, a cache),
+    ``output()`` is the float result of the last problem ``run`` computed, ``close`` frees what Python
+    does not own. The object
     itself must live while ``run`` is called.
     """
 
@@ -111,7 +168,7 @@ class Competitor:
 
     name: str
     missing: Callable[[], str | None]
-    variants: Callable[[Problem], Sequence[Variant]]
+    variants: Callable[[Any], Sequence[Variant]]
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,16 @@ from rich.console import Console
 from bench import roofline
 from bench.competitors import COMPETITORS
 from bench.machine import Peaks, ReadStream
-from bench.problem import CheckError, Competitor, Prepared, Problem, Variant, check, tolerance
+from bench.problem import (
+    AttentionProblem,
+    CheckError,
+    Competitor,
+    Prepared,
+    Problem,
+    Variant,
+    check,
+    tolerance,
+)
 from bench.report import Row, row_id
 from openwork.testing import CASES, Cost, OpCase, Workload
 from openwork.timing import MIN_ROUNDS, MIN_SECONDS, Contender, Times, interleave
@@ -103,25 +112,28 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-def _problem(item: Item, settings: Settings, floor: float) -> Problem:
-    params = item.params
-    k = params["k"]
-    hot = params.get("hot", False)
-    return Problem(
-        m=params["m"],
-        n=params["n"],
-        k=k,
-        bits=params["bits"],
-        group_size=params["group_size"],
-        symmetric=params["symmetric"],
+PROBLEMS = {
+    "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
+    "decode_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
+}
+
+
+def _problem(item: Item, settings: Settings, floor: float) -> Problem | AttentionProblem:
+    kind, names = PROBLEMS[item.case.name]
+    problem: Problem | AttentionProblem = kind(
+        **{name: item.params[name] for name in names},
         threads=settings.threads,
-        cold_bytes=0 if hot else settings.cold_bytes,
+        cold_bytes=0 if item.params.get("hot", False) else settings.cold_bytes,
         batch=math.ceil(MIN_SAMPLE_SECONDS / floor),
     )
+    return problem
 
 
 def _ready(
-    competitor: Competitor, variant: Variant, problem: Problem, console: Console
+    competitor: Competitor,
+    variant: Variant,
+    problem: Problem | AttentionProblem,
+    console: Console,
 ) -> Prepared | None:
     """The variant prepared and checked; None, with a message, when it cannot do it."""
     name = f"{competitor.name} ({variant.label})"
@@ -139,7 +151,10 @@ def _ready(
 
 
 def _best_variant(
-    competitor: Competitor, problem: Problem, console: Console, stack: ExitStack
+    competitor: Competitor,
+    problem: Problem | AttentionProblem,
+    console: Console,
+    stack: ExitStack,
 ) -> tuple[Variant, Prepared] | None:
     """The competitor's fastest variant that computes the product; None if there is none.
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from bench.competitors import ggml, onnxruntime, torch_dense, torch_int4, torch_int8_dynamic
+from bench.competitors import (
+    ggml,
+    onnxruntime,
+    torch_dense,
+    torch_int4,
+    torch_int8_dynamic,
+    torch_sdpa,
+)
 from bench.problem import Competitor
 
 # Operator -> its competitors, in the order of result files and tables.
@@ -15,4 +22,5 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
         onnxruntime.ONNXRUNTIME,
         ggml.GGML,
     ),
+    "decode_attention": (torch_sdpa.SDPA,),
 }

@@ -39,8 +39,13 @@ OW_INLINE VecF group_sum(const __m512i* digits, int64_t stride, float scale) {
 // rows x 2 halves of accumulators; few rows get several accumulators each, since it takes 8 chains
 // to keep two vpdpbusd a cycle of 4 cycles' latency going.
 template <int kBits, int kDigits, int kRows>
-void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
+void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row, int64_t fetch_ahead) {
   constexpr int kR = kRows * kDigits;
+  constexpr int kUnitBytes = int(kUnit) * 4 * kBits;  // both halves
+  // Where a line takes longer to multiply than to arrive, the processor's prefetchers do not run
+  // far enough ahead, and stop at every page of 4 KiB: up to a third of the time (3 bits, m = 1).
+  // Where memory is the limit they do better alone.
+  constexpr bool kFetch = kBits <= 3 || kR >= (kBits == 4 ? 2 : 9);
   constexpr int kChains = kR == 1 ? 4 : kR <= 3 ? 2 : 1;
   const bool symmetric = a.w_zeros == nullptr;
   // All digit rows are one block: those of a unit lie together.
@@ -62,6 +67,11 @@ void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
     }
     const int64_t end = group_unit_end(a, g);
     for (int64_t unit = group_unit_begin(a, g); unit < end; ++unit) {
+      if constexpr (kFetch) {
+        const uint8_t* ahead = half_of(a, panel, 0) + unit * kUnitBytes + fetch_ahead;
+#pragma GCC unroll 8
+        for (int i = 0; i < kUnitBytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+      }
       __m512i s[2][4];
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) unpack_unit<kBits>(half_of(a, panel, h), unit, s[h]);
@@ -108,23 +118,28 @@ template <int kBits, int kDigits>
 void rows_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kMaxRows = kDigits == 1 ? 8 : 4;
   const int64_t passes = div_up(a.m, kMaxRows);
+  // How far ahead weights are fetched. Of several passes over a panel, all but the first of which
+  // find it in the cache, the last one fetches the next panel.
+  constexpr int64_t kAhead = 2048;
+  const int64_t next_panel = panel_bytes(kBits, a.k_padded);
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t pass = 0; pass < passes; ++pass) {
       // Passes of equal size: 9 rows cost 5 + 4, not 8 + 1. Later passes find the panel in L2.
       const int64_t row = a.m * pass / passes;
+      const int64_t ahead = passes > 1 && pass == passes - 1 ? next_panel : kAhead;
       const int64_t rows = a.m * (pass + 1) / passes - row;
       switch (rows) {
-        case 1: rows_panel<kBits, kDigits, 1>(a, panel, row); break;
-        case 2: rows_panel<kBits, kDigits, 2>(a, panel, row); break;
-        case 3: rows_panel<kBits, kDigits, 3>(a, panel, row); break;
-        case 4: rows_panel<kBits, kDigits, 4>(a, panel, row); break;
+        case 1: rows_panel<kBits, kDigits, 1>(a, panel, row, ahead); break;
+        case 2: rows_panel<kBits, kDigits, 2>(a, panel, row, ahead); break;
+        case 3: rows_panel<kBits, kDigits, 3>(a, panel, row, ahead); break;
+        case 4: rows_panel<kBits, kDigits, 4>(a, panel, row, ahead); break;
       }
       if constexpr (kDigits == 1) {
         switch (rows) {
-          case 5: rows_panel<kBits, kDigits, 5>(a, panel, row); break;
-          case 6: rows_panel<kBits, kDigits, 6>(a, panel, row); break;
-          case 7: rows_panel<kBits, kDigits, 7>(a, panel, row); break;
-          case 8: rows_panel<kBits, kDigits, 8>(a, panel, row); break;
+          case 5: rows_panel<kBits, kDigits, 5>(a, panel, row, ahead); break;
+          case 6: rows_panel<kBits, kDigits, 6>(a, panel, row, ahead); break;
+          case 7: rows_panel<kBits, kDigits, 7>(a, panel, row, ahead); break;
+          case 8: rows_panel<kBits, kDigits, 8>(a, panel, row, ahead); break;
         }
       }
     }
@@ -284,7 +299,9 @@ void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
         for (int64_t unit = group_begin; unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
           unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
+          NextTile next = next_tile(a, panel, end, unit + units, units, div_up(rows, kBlock));
           for_each_row_block<kBlock>(rows, [&](int64_t r, auto block) {
+            next.fetch_share();
             const int64_t row = row_begin + r;
             const int64_t digit_row = row * kDigits;
             const int8_t* x = static_cast<const int8_t*>(a.x) +

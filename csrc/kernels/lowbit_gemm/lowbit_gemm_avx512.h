@@ -87,6 +87,46 @@ OW_INLINE __m512i load_zeros(const LowbitGemmArgs& a, int64_t at) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(p));
 }
 
+// Fetches the weight of the next tile into the cache while this one is multiplied, a share with
+// each block of rows: unpacking would otherwise wait for memory while the multipliers rest.
+class NextTile {
+ public:
+  // `panels` panels from `panel` on, units [unit, unit + units); `blocks` blocks of rows.
+  NextTile(const LowbitGemmArgs& a, int64_t panel, int64_t panels, int64_t unit, int64_t units,
+           int64_t blocks)
+      : bytes_(units * kUnit * 4 * a.bits), share_(round_up(div_up(bytes_, blocks), 64)) {
+    for (int64_t p = 0; p < panels; ++p) {
+      begin_[p] = a.w + (panel + p) * panel_bytes(a.bits, a.k_padded) + unit * kUnit * 4 * a.bits;
+    }
+  }
+  void fetch_share() {
+    const int64_t end = min_of(done_ + share_, bytes_);
+    for (; done_ < end; done_ += 64) {
+      for (const uint8_t* begin : begin_) {
+        if (begin != nullptr) _mm_prefetch(begin + done_, _MM_HINT_T1);
+      }
+    }
+  }
+
+ private:
+  const uint8_t* begin_[2] = {nullptr, nullptr};
+  int64_t bytes_;  // of one panel
+  int64_t share_;
+  int64_t done_ = 0;
+};
+
+// The tile after units [.., unit_end) of the panels from `panel` on, of panels up to `end`.
+OW_INLINE NextTile next_tile(const LowbitGemmArgs& a, int64_t panel, int64_t end, int64_t unit_end,
+                             int64_t tile_units, int64_t blocks) {
+  const int64_t row_units = div_up(a.k, kUnit);
+  if (unit_end >= row_units) {
+    panel += 2;
+    unit_end = 0;
+  }
+  const int64_t panels = panel < end ? min_of(2, end - panel) : 0;
+  return NextTile(a, panel, panels, unit_end, min_of(tile_units, row_units - unit_end), blocks);
+}
+
 template <int kN>
 struct RowBlock {
   static constexpr int kRows = kN;

@@ -181,7 +181,10 @@ void tile_panels(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
         for (int64_t unit = group_unit_begin(a, g); unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
           unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
+          NextTile next =
+              next_tile(a, panel, end, unit + units, units, div_up(rows, kTileRowBlock));
           for_each_row_block<kTileRowBlock>(rows, [&](int64_t r, auto block) {
+            next.fetch_share();
             const int64_t row = row_begin + r;
             const bf16* x = static_cast<const bf16*>(a.x) +
                             row / kTileRowBlock * kTileRowBlock * a.k_padded +

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.attention import decode_attention
-from .case import EPS, TINY, OpCase, Reject, Sample
+from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
 
 
 def _scores(q: Tensor, keys: Tensor, length: int, scale: float | None) -> Tensor:
@@ -90,6 +91,25 @@ def _rejects() -> Iterator[Reject]:
     yield Reject("long", (q, cache, cache, 9), {}, "length must be in 2 .. 8")
 
 
+def _workload(t: int, h: int, kv_heads: int, d: int, keys: int, dtype: str) -> Workload:
+    params = {"b": 1, "t": t, "h": h, "kv_heads": kv_heads, "d": d, "keys": keys, "dtype": dtype}
+
+    def make() -> Sample:
+        generator = torch.Generator().manual_seed(12)
+        q = torch.randn(1, t, h, d, generator=generator).to(getattr(torch, dtype))
+        cache = torch.randn(2, 1, kv_heads, keys, d, generator=generator).to(q.dtype)
+        return Sample("workload", (q, cache[0], cache[1], keys))
+
+    return Workload(params, make)
+
+
+def _cost(params: Mapping[str, Any]) -> Cost:
+    b, t, h, g, d, keys = (params[name] for name in ("b", "t", "h", "kv_heads", "d", "keys"))
+    size = getattr(torch, params["dtype"]).itemsize
+    # Queries and keys, weights and values: two products of t h keys d each.
+    return Cost(2 * b * (g * keys + t * h) * d * size, 4 * b * t * h * keys * d, "fp32")
+
+
 CASES = (
     OpCase(
         "decode_attention",
@@ -99,5 +119,13 @@ CASES = (
         raw=lambda s: s.args,
         samples=lambda: list(_samples()),
         rejects=lambda: list(_rejects()),
+        workloads=tuple(
+            _workload(t, *heads, keys, dtype)
+            for heads, lengths in (((9, 3, 64), (64, 1024, 4096)), ((32, 8, 128), (4096,)))
+            for keys in lengths
+            for t in (1, 4)
+            for dtype in ("float32", "bfloat16")
+        ),
+        cost=_cost,
     ),
 )
