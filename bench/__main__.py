@@ -156,11 +156,17 @@ def run(
 
 
 @app.command()
-def table(files: Files) -> None:
+def table(
+    files: Files,
+    select: Annotated[str, typer.Option(help="Only these rows; see run.")] = "",
+) -> None:
     """Print result files as markdown."""
     for path in files:
         about, rows = _read(path)
-        print(report.markdown(rows))
+        chosen = [
+            row for row in rows if report.matches(select, report.row_id(row["op"], row["params"]))
+        ]
+        print(report.markdown(chosen))
         print()
         print(report.machine_line(about))
 

@@ -139,9 +139,8 @@ class Prepared(Contender):
     """A competitor ready to be timed: weights packed, buffers allocated.
 
     ``weight_bytes`` are the bytes of the operand from memory (a packed weight, a cache),
-    ``output()`` is the float result of the last problem ``run`` computed, ``close`` frees what Python
-    does not own. The object
-    itself must live while ``run`` is called.
+    ``output()`` is the float result of the last problem ``run`` computed, ``close`` frees what
+    Python does not own. The object itself must live while ``run`` is called.
     """
 
     weight_bytes: int

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
 def row_id(op: str, params: Mapping[str, Any]) -> str:
     """``"lowbit_linear m=1 n=4096 ..."``: what patterns select and messages name."""
     return " ".join([op, *(f"{key}={value}" for key, value in params.items())])
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether every word of ``pattern``, with shell wildcards, matches a word of a row's name."""
+    words = name.split(" ")
+    return all(any(fnmatchcase(word, part) for word in words) for part in pattern.split())
 
 
 def duration(seconds: float) -> str:

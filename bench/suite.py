@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from statistics import median
 from typing import Any
 
@@ -31,7 +30,7 @@ from bench.problem import (
     check,
     tolerance,
 )
-from bench.report import Row, row_id
+from bench.report import Row, matches, row_id
 from openwork.testing import CASES, Cost, OpCase, Workload
 from openwork.timing import MIN_ROUNDS, MIN_SECONDS, Contender, Times, interleave
 
@@ -84,8 +83,7 @@ def items(pattern: str, threads: int) -> Iterator[Item]:
         for workload in case.workloads:
             params = {**workload.params, "threads": threads}
             item = Item(case, workload, params, case.cost(workload.params))
-            words = item.name.split(" ")
-            if all(any(fnmatchcase(word, part) for word in words) for part in pattern.split()):
+            if matches(pattern, item.name):
                 yield item
 
 
