@@ -18,7 +18,16 @@ from bench import end_to_end, machine, plot, report, roofline, suite
 from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
 from bench.machine import Peaks
-from bench.problem import CheckError, Competitor, Prepared, Problem, Variant, check, tolerance
+from bench.problem import (
+    AttentionProblem,
+    CheckError,
+    Competitor,
+    Prepared,
+    Problem,
+    Variant,
+    check,
+    tolerance,
+)
 from openwork.cli import llama_cpp
 from openwork.testing import CASES
 from openwork.timing import Contender, interleave, summarize
@@ -96,6 +105,14 @@ def test_roof_is_the_higher_of_two_times() -> None:
 
 def test_unit_without_an_instruction_runs_at_the_fp32_peak() -> None:
     assert Peaks(1, read=[1.0], ops={"fp32": [3.0], "bf16": []}).ops_rate("bf16") == 3.0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("", True), ("m=1", True), ("m=[12] op", True), ("m=", False), ("m=1 n=2", False)],
+)
+def test_patterns_match_words(pattern: str, found: bool) -> None:
+    assert report.matches(pattern, "op m=1 n=16") is found
 
 
 @pytest.mark.parametrize(("many", "warned"), [(199.0, False), (110.0, True)])
@@ -176,6 +193,20 @@ def test_every_installed_competitor_computes_the_product(name: str, bits: int) -
             prepared.close()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("competitor", COMPETITORS["decode_attention"], ids=lambda c: c.name)
+def test_every_competitor_attends(competitor: Competitor, t: int, dtype: str) -> None:
+    problem = AttentionProblem(
+        b=2, t=t, h=6, kv_heads=2, d=8, keys=20, dtype=dtype, threads=1, cold_bytes=20000, batch=2
+    )
+    for variant in competitor.variants(problem):
+        prepared = variant.prepare()
+        for group in range(prepared.groups):
+            prepared.run(group)
+            check(variant.label, prepared.output(), problem.reference, tolerance(variant.bits))
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,11 @@ constexpr KernelEntry<LowbitGemmFn> kTable[] = {
 // Multiply-adds below which a second thread costs more than it saves: about 4 us of work.
 constexpr int64_t kWorkPerTask = 1 << 18;
 
-// Tile kernels take 64 outputs at a time; a split between tiles wastes none of one.
-constexpr int64_t kPanelsPerTile = 2;
+// Panels that a kernel takes at a time, between which a split wastes nothing: the tile kernels take
+// two. One where it can be: 18 panels are 9 + 9, not 8 + 10.
+int64_t split_of(const KernelEntry<LowbitGemmFn>& kernel) {
+  return kernel.isa >= Isa::avx512 && kernel.max_m == kAnyM ? 2 : 1;
+}
 
 }  // namespace
 
@@ -26,15 +29,16 @@ bool lowbit_gemm_takes_bf16(Isa isa, int64_t m) { return isa >= Isa::avx512bf16 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel) {
   const int32_t key = lowbit_key(layout_for_bits(args.bits)->id, args.digits == 0);
   const int64_t rows = args.m * (args.digits == 0 ? 1 : args.digits);
-  const LowbitGemmFn fn = pick(kTable, isa, key, rows).fn;
+  const KernelEntry<LowbitGemmFn>& kernel = pick(kTable, isa, key, rows);
   const int64_t panels = div_up(args.n, kPanel);
-  const int64_t tiles = div_up(panels, kPanelsPerTile);
+  const int64_t split = split_of(kernel);
+  const int64_t pieces = div_up(panels, split);
   const int64_t work = rows * args.n * args.k;
-  const int64_t tasks = min_of(min_of(parallel.threads, tiles), div_up(work, kWorkPerTask));
+  const int64_t tasks = min_of(min_of(parallel.threads, pieces), div_up(work, kWorkPerTask));
   parallel.for_each(tasks, [&](int64_t i) {
-    const int64_t begin = tiles * i / tasks * kPanelsPerTile;
-    const int64_t end = min_of(tiles * (i + 1) / tasks * kPanelsPerTile, panels);
-    fn(args, begin, end);
+    const int64_t begin = pieces * i / tasks * split;
+    const int64_t end = min_of(pieces * (i + 1) / tasks * split, panels);
+    kernel.fn(args, begin, end);
   });
 }
 

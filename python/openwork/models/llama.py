@@ -355,7 +355,7 @@ class Llama(nn.Module):
             ValueError: see :meth:`hidden`.
         """
         x = self.hidden(tokens, cache)
-        y: Tensor = self.head(x[:, -1:] if last_only else x)
+        y: Tensor = self.head(x[:, -1:] if last_only and x.shape[1] > 1 else x)
         return y
 
     def linears(self) -> Iterator[tuple[str, nn.Module, str]]:
