@@ -1,5 +1,7 @@
 #include "ops/rope_append.h"
 
+#include "ops/cache.h"
+
 namespace ow {
 namespace {
 
@@ -9,9 +11,7 @@ Tensor rms_norm_op(const Tensor& x_any, const Tensor& weight, double eps) {
   OW_CHECK(x_any.dim() >= 1 && x_any.size(-1) >= 1, kOp,
            ": x must have a last dimension of at least 1, got ", shape_text(x_any));
   const int64_t d = x_any.size(-1);
-  check_dtype(kOp, "weight", weight, x_any.scalar_type());
-  check_shape(kOp, "weight", weight, {d});
-  check_contiguous(kOp, "weight", weight);
+  check_operand(kOp, "weight", weight, x_any.scalar_type(), {d});
   const Tensor x = as_contiguous(x_any);
   Tensor y = empty_with_last(kOp, x, d, x.scalar_type());
   rms_norm({x.numel() / d, d, float_type(x), x.const_data_ptr(), weight.const_data_ptr(),
@@ -45,27 +45,8 @@ HeadStrides head_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.
 
 void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t t, int64_t d) {
   for (const auto& [name, table] : {std::pair("cos", &cos), std::pair("sin", &sin)}) {
-    check_dtype(op, name, *table, ScalarType::Float);
-    check_shape(op, name, *table, {t, d / 2});
-    check_contiguous(op, name, *table);
+    check_operand(op, name, *table, ScalarType::Float, {t, d / 2});
   }
-}
-
-int64_t check_cache(const char* op, const Tensor& keys, const Tensor& values, int64_t b, int64_t t,
-                    int64_t d, ScalarType type, int64_t position) {
-  check_defined(op, "keys", keys);
-  OW_CHECK(keys.dim() == 4, op, ": keys must be [b, kv_heads, max_len, d], got ", shape_text(keys));
-  const int64_t g = keys.size(1);
-  const int64_t max_len = keys.size(2);
-  check_max_len(op, max_len);
-  for (const auto& [name, cache] : {std::pair("keys", &keys), std::pair("values", &values)}) {
-    check_dtype(op, name, *cache, type);
-    check_shape(op, name, *cache, {b, g, max_len, d});
-    check_last_stride(op, name, *cache);
-  }
-  OW_CHECK(position >= 0 && position <= max_len - t, op, ": position must be in 0 .. ", max_len - t,
-           " (max_len less the tokens of x), got ", position);
-  return g;
 }
 
 RopeAppend::RopeAppend(int64_t b, int64_t t, int64_t h, int64_t d, FloatType type,
@@ -143,7 +124,8 @@ Tensor rope_append_op(const Tensor& x_any, const Tensor& cos, const Tensor& sin,
   const int64_t t = x_any.size(1);
   const int64_t d = x_any.size(3);
   check_tables(kOp, cos, sin, t, d);
-  const int64_t g = check_cache(kOp, keys, values, b, t, d, x_any.scalar_type(), position);
+  const int64_t g = check_cache(kOp, keys, values, b, d, x_any.scalar_type());
+  check_position(kOp, keys, t, position);
   const int64_t h = x_any.size(2) - 2 * g;
   OW_CHECK(h >= 1, kOp, ": x must have more than 2 * kv_heads = ", 2 * g, " heads, got ",
            x_any.size(2));

@@ -99,15 +99,18 @@ inline void check_last_stride(const char* op, const char* name, const Tensor& te
            " must have a last stride of 1, got ", tensor.stride(last));
 }
 
-// Tokens of a cache; a view that repeats one token may claim any number.
-inline void check_max_len(const char* op, int64_t max_len) {
-  OW_CHECK(max_len < int64_t{1} << 31, op, ": keys must have fewer than 2^31 tokens, got ",
-           max_len);
-}
-
 inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
   OW_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides of a view; ",
            "call .contiguous()");
+}
+
+// A contiguous tensor of that dtype and shape.
+template <size_t N>
+void check_operand(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                   const int64_t (&shape)[N]) {
+  check_dtype(op, name, tensor, dtype);
+  check_shape(op, name, tensor, shape);
+  check_contiguous(op, name, tensor);
 }
 
 }  // namespace ow

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/team.h"
-#include "kernels/decode_attention/decode_attention.h"
+#include "ops/cache.h"
 #include "ops/lowbit_linear.h"
 #include "ops/rope_append.h"
 
@@ -72,26 +72,23 @@ LowbitLinear check_linear(const char* op, const Shape& s, const Tensor* tensors,
   check_compute(op, ints[4]);
   const Tensor* bias = unless_empty(op, "bias", tensors[3]);
   if (bias != nullptr) {
-    check_dtype(op, "bias", *bias, s.dtype);
-    check_shape(op, "bias", *bias, {n});
-    check_contiguous(op, "bias", *bias);
+    check_operand(op, "bias", *bias, s.dtype, {n});
   }
   return {w, tensors[0], tensors[1], zeros, bias, ints[4], s.m(), s.type};
 }
 
 const void* check_norm(const char* op, const Shape& s, const char* name, const Tensor& weight) {
-  check_dtype(op, name, weight, s.dtype);
-  check_shape(op, name, weight, {s.d});
-  check_contiguous(op, name, weight);
+  check_operand(op, name, weight, s.dtype, {s.d});
   return weight.const_data_ptr();
 }
 
 Layer check_layer(const char* op, const Shape& s, const Tensor* tensors, const int64_t* ints,
                   const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
                   int64_t position) {
-  check_cache(op, keys, values, s.b, s.t, s.head_dim, s.dtype, position);
-  OW_CHECK(keys.size(1) == s.kv_heads, op, ": keys must have ", s.kv_heads,
-           " heads, as the first layer's, got ", keys.size(1));
+  const int64_t kv_heads = check_cache(op, keys, values, s.b, s.head_dim, s.dtype);
+  check_position(op, keys, s.t, position);
+  OW_CHECK(kv_heads == s.kv_heads, op, ": keys must have ", s.kv_heads,
+           " heads, as the first layer's, got ", kv_heads);
   const auto linear = [&](int64_t which, int64_t n, int64_t k) {
     return named(
         op, [&] { return std::string(kNames[which]); },
@@ -100,28 +97,16 @@ Layer check_layer(const char* op, const Shape& s, const Tensor* tensors, const i
                               ints + kInts * which, n, k);
         });
   };
-  DecodeAttentionArgs attention{};
-  attention.b = s.b;
-  attention.queries = s.t;
-  attention.heads = s.heads;
-  attention.kv_heads = s.kv_heads;
-  attention.d = s.head_dim;
-  attention.n = position + s.t;
-  attention.type = s.type;
-  attention.scale = float(1.0 / __builtin_sqrt(double(s.head_dim)));
-  attention.keys = keys.const_data_ptr();
-  attention.key_strides = {keys.stride(0), keys.stride(1), keys.stride(2)};
-  attention.values = values.const_data_ptr();
-  attention.value_strides = {values.stride(0), values.stride(1), values.stride(2)};
   const int64_t width = s.heads * s.head_dim;
-  return {check_norm(op, s, "attn_norm", tensors[0]),
-          check_norm(op, s, "mlp_norm", tensors[1]),
-          linear(0, s.qkv(), s.d),
-          linear(1, s.d, width),
-          linear(2, 2 * s.ffn, s.d),
-          linear(3, s.d, s.ffn),
-          {s.b, s.t, s.heads, s.head_dim, s.type, cos, sin, keys, values, position},
-          attention};
+  return {
+      check_norm(op, s, "attn_norm", tensors[0]),
+      check_norm(op, s, "mlp_norm", tensors[1]),
+      linear(0, s.qkv(), s.d),
+      linear(1, s.d, width),
+      linear(2, 2 * s.ffn, s.d),
+      linear(3, s.d, s.ffn),
+      {s.b, s.t, s.heads, s.head_dim, s.type, cos, sin, keys, values, position},
+      attention_over(keys, values, s.b, s.t, s.heads, s.head_dim, position + s.t, std::nullopt)};
 }
 
 // The activations of one layer at a time, and the scratch memory of its steps.

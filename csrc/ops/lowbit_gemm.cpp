@@ -39,9 +39,7 @@ void check_lowbit_tensors(const char* op, const LowbitWeight& w, const Tensor& p
   check_shape(op, "scales", scales, {w.panels, w.groups, kPanel});
   check_contiguous(op, "scales", scales);
   if (zeros != nullptr) {
-    check_dtype(op, "zeros", *zeros, ScalarType::Byte);
-    check_shape(op, "zeros", *zeros, {w.panels, w.groups, kPanel});
-    check_contiguous(op, "zeros", *zeros);
+    check_operand(op, "zeros", *zeros, ScalarType::Byte, {w.panels, w.groups, kPanel});
   }
 }
 
@@ -134,9 +132,7 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
   check_compute(kOp, compute);
   const ScalarType dtype = x_any.scalar_type();
   if (bias.has_value()) {
-    check_dtype(kOp, "bias", *bias, dtype);
-    check_shape(kOp, "bias", *bias, {n});
-    check_contiguous(kOp, "bias", *bias);
+    check_operand(kOp, "bias", *bias, dtype, {n});
   }
   Tensor y = empty_with_last(kOp, x_any, n, dtype);
   if (add.has_value()) {

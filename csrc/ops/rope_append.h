@@ -9,11 +9,6 @@ namespace ow {
 // cos and sin must be [t, d / 2] float32.
 void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t t, int64_t d);
 
-// keys and values must be [b, kv_heads, max_len, d] of `type` with room for t tokens at `position`;
-// gives kv_heads.
-int64_t check_cache(const char* op, const Tensor& keys, const Tensor& values, int64_t b, int64_t t,
-                    int64_t d, ScalarType type, int64_t position);
-
 class RopeAppend {
  public:
   // x [b, t, h + 2 g, d] contiguous; q [b, t, h, d].

@@ -7,14 +7,11 @@ from torch import Tensor
 
 from .checks import (
     check,
-    check_contiguous,
-    check_defined,
-    check_dtype,
+    check_cache,
     check_float,
-    check_last_stride,
-    check_max_len,
+    check_operand,
+    check_position,
     check_result_rank,
-    check_shape,
 )
 
 # Overloads, looked up once: finding them by name costs half a microsecond a call.
@@ -144,9 +141,7 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x.dim() >= 1 and x.shape[-1] >= 1,
         f"rms_norm: x must have a last dimension of at least 1, got {list(x.shape)}",
     )
-    check_dtype(op, "weight", weight, x.dtype)
-    check_shape(op, "weight", weight, [x.shape[-1]])
-    check_contiguous(op, "weight", weight)
+    check_operand(op, "weight", weight, x.dtype, [x.shape[-1]])
     check_result_rank(op, x)
     return x.new_empty(x.shape)
 
@@ -165,36 +160,7 @@ def _silu_mul_fake(x: Tensor) -> Tensor:
 
 def check_tables(op: str, cos: Tensor, sin: Tensor, t: int, d: int) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
-        check_dtype(op, name, table, torch.float32)
-        check_shape(op, name, table, [t, d // 2])
-        check_contiguous(op, name, table)
-
-
-def check_cache(
-    op: str,
-    keys: Tensor,
-    values: Tensor,
-    b: int,
-    t: int,
-    d: int,
-    dtype: torch.dtype,
-    position: int,
-) -> int:
-    """Returns kv_heads."""
-    check_defined(op, "keys", keys)
-    check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
-    g, max_len = keys.shape[1:3]
-    check_max_len(op, max_len)
-    for name, cache in (("keys", keys), ("values", values)):
-        check_dtype(op, name, cache, dtype)
-        check_shape(op, name, cache, [b, g, max_len, d])
-        check_last_stride(op, name, cache)
-    check(
-        0 <= position <= max_len - t,
-        f"{op}: position must be in 0 .. {max_len - t} (max_len less the tokens of x), "
-        f"got {position}",
-    )
-    return g
+        check_operand(op, name, table, torch.float32, [t, d // 2])
 
 
 def _check_heads(op: str, x: Tensor) -> None:
@@ -220,7 +186,8 @@ def _rope_append_fake(
     _check_heads(op, x)
     b, t, heads, d = x.shape
     check_tables(op, cos, sin, t, d)
-    g = check_cache(op, keys, values, b, t, d, x.dtype, position)
+    g, max_len = check_cache(op, keys, values, b, d, x.dtype)
+    check_position(op, max_len, t, position)
     check(
         heads > 2 * g,
         f"{op}: x must have more than 2 * kv_heads = {2 * g} heads, got {heads}",

@@ -7,12 +7,8 @@ from torch import Tensor
 
 from .checks import (
     check,
-    check_defined,
-    check_dtype,
+    check_cache,
     check_float,
-    check_last_stride,
-    check_max_len,
-    check_shape,
 )
 
 _decode_attention = torch.ops.openwork.decode_attention.default
@@ -65,18 +61,11 @@ def _decode_attention_fake(
         f"{op}: q must be [b, t, h, d] with h and d at least 1, got {list(q.shape)}",
     )
     b, t, h, d = q.shape
-    check_defined(op, "keys", keys)
-    check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
-    g, max_len = keys.shape[1:3]
+    g, max_len = check_cache(op, keys, values, b, d, q.dtype)
     check(
         g >= 1 and h % g == 0,
         f"{op}: q must have a multiple of kv_heads = {g} heads, got {h}",
     )
-    check_max_len(op, max_len)
-    for name, cache in (("keys", keys), ("values", values)):
-        check_dtype(op, name, cache, q.dtype)
-        check_shape(op, name, cache, [b, g, max_len, d])
-        check_last_stride(op, name, cache)
     check(
         t <= length <= max_len,
         f"{op}: length must be in {t} .. {max_len} (queries .. max_len), got {length}",

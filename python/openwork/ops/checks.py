@@ -63,8 +63,33 @@ def check_last_stride(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
-def check_max_len(op: str, max_len: int) -> None:
+def check_operand(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    check_dtype(op, name, tensor, dtype)
+    check_shape(op, name, tensor, shape)
+    check_contiguous(op, name, tensor)
+
+
+def check_cache(
+    op: str, keys: Tensor, values: Tensor, b: int, d: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Returns kv_heads and max_len."""
+    check_defined(op, "keys", keys)
+    check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
+    g, max_len = keys.shape[1:3]
     check(max_len < 2**31, f"{op}: keys must have fewer than 2^31 tokens, got {max_len}")
+    for name, cache in (("keys", keys), ("values", values)):
+        check_dtype(op, name, cache, dtype)
+        check_shape(op, name, cache, [b, g, max_len, d])
+        check_last_stride(op, name, cache)
+    return g, max_len
+
+
+def check_position(op: str, max_len: int, t: int, position: int) -> None:
+    check(
+        0 <= position <= max_len - t,
+        f"{op}: position must be in 0 .. {max_len - t} (max_len less the tokens of x), "
+        f"got {position}",
+    )
 
 
 def check_result_rank(op: str, x: Tensor) -> None:

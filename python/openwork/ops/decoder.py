@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activations import check_cache, check_tables
+from .activations import check_tables
 from .checks import (
     check,
-    check_contiguous,
+    check_cache,
     check_defined,
-    check_dtype,
     check_float,
-    check_shape,
+    check_operand,
+    check_position,
 )
 from .lowbit import check_lowbit
 
@@ -124,7 +124,8 @@ def _decoder_layers_fake(
     shapes = ((width + 2 * kv_heads * head_dim, d), (d, width), (2 * ffn, d), (d, ffn))
     for i in range(layers):
         where = f"{op}: layer {i}"
-        got = check_cache(where, keys[i], values[i], b, t, head_dim, x.dtype, position)
+        got, max_len = check_cache(where, keys[i], values[i], b, head_dim, x.dtype)
+        check_position(where, max_len, t, position)
         check(
             got == kv_heads,
             f"{where}: keys must have {kv_heads} heads, as the first layer's, got {got}",
@@ -132,9 +133,7 @@ def _decoder_layers_fake(
         tensors = weights[i * _TENSORS : (i + 1) * _TENSORS]
         ints = linears[i * _INTS : (i + 1) * _INTS]
         for name, norm in zip(("attn_norm", "mlp_norm"), tensors, strict=False):
-            check_dtype(where, name, norm, x.dtype)
-            check_shape(where, name, norm, [d])
-            check_contiguous(where, name, norm)
+            check_operand(where, name, norm, x.dtype, [d])
         for j, (name, shape) in enumerate(zip(_LINEARS, shapes, strict=True)):
             _check_linear(
                 f"{where}: {name}",
@@ -159,6 +158,4 @@ def _check_linear(
     check_lowbit(op, packed, scales, _or_none(op, "zeros", zeros), layout, n, k, group_size)
     check(compute in (0, 1), f"{op}: compute must be 0 (float) or 1 (int8), got {compute}")
     if _or_none(op, "bias", bias) is not None:
-        check_dtype(op, "bias", bias, dtype)
-        check_shape(op, "bias", bias, [n])
-        check_contiguous(op, "bias", bias)
+        check_operand(op, "bias", bias, dtype, [n])

@@ -15,6 +15,7 @@ from .checks import (
     check_contiguous,
     check_dtype,
     check_float,
+    check_operand,
     check_result_rank,
     check_shape,
     dtype_name,
@@ -273,14 +274,10 @@ def _lowbit_linear_fake(
         f"{op}: compute must be 0 (float) or 1 (int8), got {compute}",
     )
     if bias is not None:
-        check_dtype(op, "bias", bias, x.dtype)
-        check_shape(op, "bias", bias, [n])
-        check_contiguous(op, "bias", bias)
+        check_operand(op, "bias", bias, x.dtype, [n])
     check_result_rank(op, x)
     if add is not None:
-        check_dtype(op, "add", add, x.dtype)
-        check_shape(op, "add", add, [*x.shape[:-1], n])
-        check_contiguous(op, "add", add)
+        check_operand(op, "add", add, x.dtype, [*x.shape[:-1], n])
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -309,9 +306,7 @@ def check_lowbit(
     check_shape(op, "scales", scales, [-(-n // _PANEL), groups, _PANEL])
     check_contiguous(op, "scales", scales)
     if zeros is not None:
-        check_dtype(op, "zeros", zeros, torch.uint8)
-        check_shape(op, "zeros", zeros, [-(-n // _PANEL), groups, _PANEL])
-        check_contiguous(op, "zeros", zeros)
+        check_operand(op, "zeros", zeros, torch.uint8, [-(-n // _PANEL), groups, _PANEL])
 
 
 @torch.library.register_fake("openwork::lowbit_embedding")
