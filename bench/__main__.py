@@ -110,7 +110,7 @@ def run(
         console.print(f"[yellow]{text}")
     settings = suite.Settings(
         threads=threads,
-        cold_bytes=suite.COLD_CACHES * about.last_level_cache,
+        cold_bytes=suite.cold_bytes(about.last_level_cache, about.memory_bytes),
         rounds=rounds,
         seconds=seconds,
         against=frozenset(against) if against else None,

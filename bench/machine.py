@@ -133,6 +133,11 @@ def last_level_cache() -> int:
     return max(sizes, default=32 << 20)
 
 
+def memory_bytes() -> int:
+    """Bytes of memory the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -172,7 +177,7 @@ def describe(tier: str) -> Machine:
         cpu=f"{_cpu_name()} ({_signature()})",
         cores=os.cpu_count() or 1,
         last_level_cache=last_level_cache(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         system=platform.platform(),
         python=sys.version.split()[0],
         versions={name: found for name in PACKAGES if (found := _version(name))},

@@ -40,10 +40,18 @@ MIN_SAMPLE_SECONDS = 2e-3
 # Weights walked through are this many times the last-level cache: even a cache that keeps some of
 # them by luck holds less than a quarter.
 COLD_CACHES = 4
+# Where that is more than this share of all memory (a virtual machine sees the whole cache of a large
+# host), contenders, of which there are up to 16, get so much each.
+MEMORY_SHARE = 1 / 32
 # The read rate drifts by some 15 % during a run.
 MAX_READ_EXCESS = 1.2
 # A variant this many times slower than the best one in a single run will not win a race.
 HOPELESS = 4
+
+
+def cold_bytes(cache: int, memory: int) -> int:
+    """Bytes a contender walks through, so that each call finds its operands in memory."""
+    return int(min(COLD_CACHES * cache, max(cache, memory * MEMORY_SHARE)))
 
 
 @dataclass(frozen=True)

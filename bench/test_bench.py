@@ -22,7 +22,8 @@ ITEMS = list(suite.items("", THREADS))
 def test_workload(benchmark: BenchmarkFixture, item: suite.Item) -> None:
     """One call per round, on the next of enough data sets to come from memory."""
     settings = suite.Settings(
-        threads=THREADS, cold_bytes=suite.COLD_CACHES * machine.last_level_cache()
+        threads=THREADS,
+        cold_bytes=suite.cold_bytes(machine.last_level_cache(), machine.memory_bytes()),
     )
     contender = suite.ours(item, settings, suite.MIN_SAMPLE_SECONDS)
     groups = itertools.cycle(range(contender.groups))

@@ -10,7 +10,7 @@ import torch
 
 import openwork
 
-TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
+TIERS = ("scalar", "avx2", "avx512", "avx512bf16", "avx512amx")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,6 +32,8 @@ C_TYPES = r"stdint\.h|string\.h"
 # (files, what they may include): the first rule whose pattern matches the whole path decides, and
 # every file must have one. Groups of the first pattern may be used in the second.
 INCLUDE_RULES = (
+    # Asks Linux for the tile registers.
+    (r"core/isa\.cpp", rf"core/.*|sys/syscall\.h|unistd\.h|{STD}"),
     (r"core/.*", rf"core/.*|{STD}"),
     (r"simd/.*", r"core/types\.h|simd/vec_\w+\.h|immintrin\.h"),
     # Files compiled once for each tier, and the headers they share: no C++ library.
@@ -202,7 +204,7 @@ def _build_dir() -> Path:
 
 
 def _tier_of(stem: str) -> str | None:
-    match = re.search(r"_(scalar|avx2|avx512|avx512bf16)$", stem)
+    match = re.search(r"_(scalar|avx2|avx512|avx512bf16|avx512amx)$", stem)
     return match and match.group(1)
 
 
@@ -233,10 +235,12 @@ def test_compiler_flags_belong_to_the_tier() -> None:
         tier = _tier_of(stem) or "scalar"
         if tier != "scalar":
             assert not any(f.startswith("-flto") for f in flags), f"{stem} is compiled with LTO"
-        has = {f for f in flags if re.match(r"-m(avx|fma|f16c|bmi)", f)}
+        has = {f for f in flags if re.match(r"-m(avx|fma|f16c|bmi|amx)", f)}
         assert ("-mavx2" in has) == (tier != "scalar"), f"{stem}: {sorted(has)}"
         assert ("-mavx512f" in has) == tier.startswith("avx512"), f"{stem}: {sorted(has)}"
-        assert ("-mavx512bf16" in has) == (tier == "avx512bf16"), f"{stem}: {sorted(has)}"
+        bf16 = tier in ("avx512bf16", "avx512amx")
+        assert ("-mavx512bf16" in has) == bf16, f"{stem}: {sorted(has)}"
+        assert ("-mamx-int8" in has) == (tier == "avx512amx"), f"{stem}: {sorted(has)}"
 
 
 def test_library_needs_only_the_stable_abi() -> None:

@@ -14,7 +14,7 @@ import torch
 import openwork
 from openwork.packing import PackedWeight
 
-TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
+TIERS = ("scalar", "avx2", "avx512", "avx512bf16", "avx512amx")
 CPU = openwork.info().cpu_isa
 SUPPORTED = TIERS[: TIERS.index(CPU) + 1]
 REPORT = "import openwork, json; print(json.dumps(openwork.info().as_dict()))"
@@ -74,7 +74,7 @@ def test_kernels_are_best_first(isa: str) -> None:
 @pytest.mark.parametrize("name", ["", "avx", "AVX2", "avx2 ", "neon"])
 def test_set_isa_refuses_unknown_names(name: str) -> None:
     before = openwork.isa()
-    expected = f"set_isa: isa must be scalar, avx2, avx512 or avx512bf16, got {name}"
+    expected = f"set_isa: isa must be scalar, avx2, avx512, avx512bf16 or avx512amx, got {name}"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
         openwork.set_isa(name)
     assert openwork.isa() == before
@@ -111,7 +111,7 @@ def test_environment_refuses_unknown_names(isa: str) -> None:
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
-        "ValueError: openwork: OPENWORK_ISA is not one of scalar, avx2, avx512, avx512bf16; "
+        "ValueError: openwork: OPENWORK_ISA is not one of scalar, avx2, avx512, avx512bf16, avx512amx; "
         f"this CPU has {CPU}"
     )
 

@@ -4,10 +4,24 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(OW_HAVE_X86_TIERS)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace ow {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "avx512amx"};
+
+#if defined(OW_HAVE_X86_TIERS)
+// Linux gives a process the tile registers when it asks for them. Refused, we do without.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa detect() {
 #if defined(OW_HAVE_X86_TIERS)
@@ -20,7 +34,10 @@ Isa detect() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
   if (!avx512) return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+  const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+                   __builtin_cpu_supports("amx-bf16");
+  return amx && may_use_tiles() ? Isa::avx512amx : Isa::avx512bf16;
 #else
   return Isa::scalar;
 #endif
@@ -36,7 +53,7 @@ struct State {
     if (wanted == nullptr || *wanted == '\0') return;
     Isa isa;
     if (!isa_from_name(wanted, &isa)) {
-      error = "is not one of scalar, avx2, avx512, avx512bf16";
+      error = "is not one of scalar, avx2, avx512, avx512bf16, avx512amx";
     } else if (isa > detected) {
       error = "is not supported by this CPU";
     } else {

@@ -4,8 +4,8 @@
 namespace ow {
 
 // Ordered: a CPU that has a tier has every tier before it.
-enum class Isa : int { scalar, avx2, avx512, avx512bf16 };
-constexpr int kIsaCount = 4;
+enum class Isa : int { scalar, avx2, avx512, avx512bf16, avx512amx };
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 

@@ -16,10 +16,12 @@
 #define OW_IF_AVX2(line) line
 #define OW_IF_AVX512(line) line
 #define OW_IF_AVX512BF16(line) line
+#define OW_IF_AVX512AMX(line) line
 #else
 #define OW_IF_AVX2(line)
 #define OW_IF_AVX512(line)
 #define OW_IF_AVX512BF16(line)
+#define OW_IF_AVX512AMX(line)
 #endif
 
 namespace ow {

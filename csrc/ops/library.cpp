@@ -31,7 +31,7 @@ std::string cpu_isa() { return isa_name(detected_isa()); }
 void set_isa(std::string name) {
   Isa isa;
   OW_CHECK(isa_from_name(name.c_str(), &isa),
-           "set_isa: isa must be scalar, avx2, avx512 or avx512bf16, got ", name);
+           "set_isa: isa must be scalar, avx2, avx512, avx512bf16 or avx512amx, got ", name);
   OW_CHECK(set_active_isa(isa), "set_isa: isa must be at most ", isa_name(detected_isa()),
            " (what this CPU has), got ", name);
 }

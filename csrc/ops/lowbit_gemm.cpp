@@ -62,7 +62,7 @@ LowbitLinear::LowbitLinear(const LowbitWeight& w, const Tensor& packed, const Te
   gemm_.groups = w.groups;
   gemm_.bits = w.layout->bits;
   gemm_.digits = as_bf16 ? 0 : compute == kComputeInt8 ? 1 : 3;
-  gemm_.row_block = as_bf16 ? kTileRowBlock : lowbit_gemm_row_block(isa_, rows * gemm_.digits);
+  gemm_.x_blocks = lowbit_gemm_x_blocks(isa_, rows, gemm_.digits, w.k);
   gemm_.w = static_cast<const uint8_t*>(packed.const_data_ptr());
   gemm_.w_scales = scales.const_data_ptr();
   gemm_.w_scales_type = float_type(scales);
@@ -72,8 +72,8 @@ LowbitLinear::LowbitLinear(const LowbitWeight& w, const Tensor& packed, const Te
 }
 
 int64_t LowbitLinear::code_bytes() const {
-  if (gemm_.digits == 0) return round_up(gemm_.m, kTileRowBlock) * gemm_.k_padded * 2;
-  return round_up(gemm_.m * gemm_.digits, gemm_.row_block) * gemm_.k_padded;
+  if (gemm_.digits == 0) return element_count(gemm_.x_blocks, gemm_.m) * 2;
+  return element_count(gemm_.x_blocks, gemm_.m * gemm_.digits);
 }
 int64_t LowbitLinear::scale_count() const {
   return gemm_.digits == 3 ? gemm_.m * gemm_.groups : gemm_.m;
@@ -92,17 +92,16 @@ void LowbitLinear::run(const void* x, const void* add, void* y, Scratch scratch,
   args.y = y;
   if (gemm_.digits == 0) {
     bf16* rows = scratch.take<bf16>(code_bytes() / 2);
-    block_bf16_rows(static_cast<const bf16*>(x), gemm_.m, gemm_.k, gemm_.k_padded, rows, parallel);
+    block_bf16_rows(static_cast<const bf16*>(x), gemm_.m, gemm_.k, gemm_.x_blocks, rows, parallel);
     args.x = rows;
     return lowbit_gemm(args, isa_, parallel);
   }
   EncodeArgs encode{};
   encode.m = gemm_.m;
   encode.k = gemm_.k;
-  encode.k_padded = gemm_.k_padded;
   encode.group_size = gemm_.group_size;
   encode.digits = gemm_.digits;
-  encode.row_block = gemm_.row_block;
+  encode.blocks = gemm_.x_blocks;
   encode.sum_factor = lowbit_sum_factor(gemm_.bits, gemm_.w_zeros == nullptr);
   encode.x_type = gemm_.y_type;
   encode.x = x;
@@ -205,9 +204,9 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_any) {
   if (m == 0) return {codes, scales};
   EncodeArgs encode{};
   encode.m = m;
-  encode.k = encode.k_padded = encode.group_size = encode.stride_x = k;
+  encode.k = encode.group_size = encode.stride_x = k;
   encode.digits = 1;
-  encode.row_block = 1;
+  encode.blocks = {1, kUnit, k};
   encode.x_type = float_type(x);
   encode.x = x.const_data_ptr();
   encode.codes = static_cast<int8_t*>(codes.mutable_data_ptr());

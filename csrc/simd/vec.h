@@ -13,6 +13,7 @@
 #define OW_TARGET_avx2 2
 #define OW_TARGET_avx512 3
 #define OW_TARGET_avx512bf16 3
+#define OW_TARGET_avx512amx 3
 #define OW_TARGET_ID_(target) OW_TARGET_##target
 #define OW_TARGET_ID(target) OW_TARGET_ID_(target)
 

@@ -118,18 +118,16 @@ std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table
   throw std::invalid_argument("unknown family " + family);
 }
 
-std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encode(const std::string& kernel,
-                                                               const py::array& x,
-                                                               int64_t group_size, int digits,
-                                                               int64_t k_padded, int64_t row_block,
-                                                               int32_t sum_factor) {
+std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encode(
+    const std::string& kernel, const py::array& x, int64_t group_size, int digits, int64_t k_padded,
+    int64_t row_block, int64_t k_block, int32_t sum_factor) {
   check_contiguous(x, "x");
   const int64_t m = x.shape(0);
   const int64_t k = x.shape(1);
   const int64_t groups = div_up(k, group_size);
   // Poisoned: a kernel must write every element it owns.
-  const int64_t blocks = div_up(m * digits, row_block);
-  Array<int8_t> codes({blocks * row_block * k_padded});
+  const RowBlocks blocks{row_block, k_block, k_padded};
+  Array<int8_t> codes({element_count(blocks, m * digits)});
   std::memset(codes.mutable_data(), 0x55, size_t(codes.nbytes()));
   Array<float> scales(digits == 1 ? std::vector<int64_t>{m} : std::vector<int64_t>{m, groups});
   std::fill_n(scales.mutable_data(), scales.size(), -1.0f);
@@ -137,10 +135,9 @@ std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encode(const std::string
   std::fill_n(sums.mutable_data(), sums.size(), INT32_MIN);
   const EncodeArgs args{m,
                         k,
-                        k_padded,
                         group_size,
                         digits,
-                        row_block,
+                        blocks,
                         float_type(x, "x"),
                         x.data(),
                         k,
@@ -155,19 +152,24 @@ std::tuple<Array<int8_t>, Array<float>, Array<int32_t>> encode(const std::string
   throw std::invalid_argument("unknown kernel " + kernel);
 }
 
-// Digit rows as a kernel reads them: in blocks of row_block, padded with zeros along k. Rows past
-// the last are poisoned.
-std::vector<int8_t> block_digits(const int8_t* x, int64_t rows, int64_t k, int64_t row_block) {
-  const int64_t k_padded = round_up(k, kPadK);
-  std::vector<int8_t> blocks(size_t(round_up(rows, row_block) * k_padded), 0x55);
+// Digit rows as a kernel reads them: in blocks, padded with zeros along k. Rows past the last are
+// poisoned.
+std::vector<int8_t> block_digits(const int8_t* x, int64_t rows, int64_t k, const RowBlocks& b) {
+  std::vector<int8_t> blocks(size_t(element_count(b, rows)), 0x55);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < k_padded; ++j) {
-      const int64_t at = r / row_block * row_block * k_padded + j / kUnit * kUnit * row_block +
-                         r % row_block * kUnit + j % kUnit;
-      blocks[size_t(at)] = j < k ? x[r * k + j] : int8_t{0};
+    for (int64_t j = 0; j < b.k_padded; ++j) {
+      blocks[size_t(element_at(b, r, j))] = j < k ? x[r * k + j] : int8_t{0};
     }
   }
   return blocks;
+}
+
+KernelEntry<LowbitGemmFn> lowbit_gemm_entry(const std::string& kernel) {
+#define OW_ROW(isa, key, max_m, fn) \
+  if (kernel == #fn) return {#fn, Isa::isa, key, max_m, fn};
+  OW_LOWBIT_GEMM_KERNELS(OW_ROW)
+#undef OW_ROW
+  throw std::invalid_argument("unknown kernel " + kernel);
 }
 
 std::vector<int32_t> group_sums(const int8_t* x, int64_t rows, int64_t k, int64_t group_size,
@@ -241,26 +243,23 @@ void lowbit_gemm_kernel(const std::string& kernel, const py::array& x,
   std::vector<bf16> rows;
   std::vector<int8_t> digits;
   std::vector<int32_t> sums;
+  const KernelEntry<LowbitGemmFn> entry = lowbit_gemm_entry(kernel);
+  args.x_blocks = lowbit_gemm_x_blocks(entry, args.m, args.digits, args.k);
   if (args.digits == 0) {
-    rows.resize(size_t(round_up(args.m, kTileRowBlock) * args.k_padded));
-    block_bf16_rows(static_cast<const bf16*>(x.data()), args.m, args.k, args.k_padded, rows.data(),
+    rows.resize(size_t(element_count(args.x_blocks, args.m)));
+    block_bf16_rows(static_cast<const bf16*>(x.data()), args.m, args.k, args.x_blocks, rows.data(),
                     serial_parallel());
     args.x = rows.data();
   } else {
     const int8_t* from = static_cast<const int8_t*>(x.data());
     const int64_t digit_rows = args.m * args.digits;
-    args.row_block = kernel.find("_tile_") != std::string::npos ? kTileRowBlock : digit_rows;
-    digits = block_digits(from, digit_rows, args.k, args.row_block);
+    digits = block_digits(from, digit_rows, args.k, args.x_blocks);
     sums = group_sums(from, digit_rows, args.k, group_size, lowbit_sum_factor(bits, !zeros));
     args.x = digits.data();
     args.x_scales = x_scales.value().data();
     args.x_sums = sums.data();
   }
-#define OW_ROW(isa, key, max_m, fn) \
-  if (kernel == #fn) return fn(args, 0, div_up(args.n, kPanel));
-  OW_LOWBIT_GEMM_KERNELS(OW_ROW)
-#undef OW_ROW
-  throw std::invalid_argument("unknown kernel " + kernel);
+  entry.fn(args, 0, div_up(args.n, kPanel));
 }
 
 const ActivationKernels& activation_kernels(const std::string& kernel) {
@@ -354,8 +353,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("kernel_table", &ow::kernel_table, py::arg("family"),
         "(name, tier, key, max_m) of every kernel of a family, best first.");
   m.def("encode_rows", &ow::encode, py::arg("kernel"), py::arg("x"), py::arg("group_size"),
-        py::arg("digits"), py::arg("k_padded"), py::arg("row_block"), py::arg("sum_factor"),
-        "(codes, scales, sums) of the named kernel; codes flat, in blocks of row_block.");
+        py::arg("digits"), py::arg("k_padded"), py::arg("row_block"), py::arg("k_block"),
+        py::arg("sum_factor"), "(codes, scales, sums) of the named kernel; codes flat, in blocks.");
   m.def("lowbit_gemm", &ow::lowbit_gemm_kernel, py::arg("kernel"), py::arg("x"),
         py::arg("x_scales"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("bits"),
         py::arg("group_size"), py::arg("bias"), py::arg("add"), py::arg("y"),

@@ -14,6 +14,8 @@ using StreamReadFn = uint64_t (*)(const uint8_t* data, int64_t bytes);
 
 // X(tier, unit, function): unit is what the multiply takes. AVX2's int8 is vpmaddubsw + vpmaddwd.
 #define OW_PEAKS(X)                                           \
+  OW_IF_AVX512AMX(X(avx512amx, bf16, peak_bf16_avx512amx))    \
+  OW_IF_AVX512AMX(X(avx512amx, int8, peak_int8_avx512amx))    \
   OW_IF_AVX512BF16(X(avx512bf16, bf16, peak_bf16_avx512bf16)) \
   OW_IF_AVX512(X(avx512, int8, peak_int8_avx512))             \
   OW_IF_AVX512(X(avx512, fp32, peak_fp32_avx512))             \
@@ -32,6 +34,8 @@ double peak_int8_avx2(int64_t rounds, float* sink);
 double peak_fp32_avx512(int64_t rounds, float* sink);
 double peak_int8_avx512(int64_t rounds, float* sink);
 double peak_bf16_avx512bf16(int64_t rounds, float* sink);
+double peak_int8_avx512amx(int64_t rounds, float* sink);
+double peak_bf16_avx512amx(int64_t rounds, float* sink);
 uint64_t stream_read_scalar(const uint8_t* data, int64_t bytes);
 uint64_t stream_read_avx2(const uint8_t* data, int64_t bytes);
 uint64_t stream_read_avx512(const uint8_t* data, int64_t bytes);

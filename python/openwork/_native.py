@@ -23,7 +23,7 @@ class Info:
 
     Attributes:
         isa: instruction-set tier kernels are chosen for (``scalar``, ``avx2``, ``avx512``,
-            ``avx512bf16``).
+            ``avx512bf16`` < ``avx512amx``).
         cpu_isa: the best tier this CPU has.
         kernels: names of the kernels in use, best first within a family.
         layouts: packed layouts this build reads.
@@ -52,7 +52,7 @@ def set_isa(name: str) -> None:
     """Lower the tier kernels are chosen for (or raise it back) for the whole process.
 
     Args:
-        name: ``scalar``, ``avx2``, ``avx512`` or ``avx512bf16``.
+        name: ``scalar``, ``avx2``, ``avx512``, ``avx512bf16`` or ``avx512amx``.
 
     Raises:
         ValueError: unknown name, or a tier this CPU does not have.
@@ -75,7 +75,7 @@ def info() -> Info:
 
     Example:
         >>> import openwork
-        >>> openwork.info().isa in ("scalar", "avx2", "avx512", "avx512bf16")
+        >>> openwork.info().isa in ("scalar", "avx2", "avx512", "avx512bf16", "avx512amx")
         True
     """
     return Info(

@@ -50,20 +50,14 @@ void fill_weight(Gemm* p, bool symmetric) {
   a.w_zeros = symmetric ? nullptr : p->w_zeros.data();
 }
 
-// Where element k of a row is, of rows in blocks (kernels/quantize/quantize.h).
-int64_t block_at(int64_t row, int64_t k, int64_t row_block, int64_t k_padded) {
-  return row / row_block * row_block * k_padded + k / kUnit * kUnit * row_block +
-         row % row_block * kUnit + k % kUnit;
-}
-
 // Rows of bf16, and the same in blocks.
 void fill_bf16_x(Gemm* p) {
   LowbitGemmArgs& a = p->args;
   p->bf16_rows = floats(a.m * a.k, FloatType::bf16, 1.0f);
-  p->x.resize(size_t(round_up(a.m, kTileRowBlock) * a.k_padded * 2), Guarded::kPoison);
+  p->x.resize(size_t(element_count(a.x_blocks, a.m) * 2), Guarded::kPoison);
   for (int64_t row = 0; row < a.m; ++row) {
-    for (int64_t k = 0; k < a.k_padded; ++k) {
-      uint8_t* to = p->x.data() + 2 * block_at(row, k, kTileRowBlock, a.k_padded);
+    for (int64_t k = 0; k < a.x_blocks.k_padded; ++k) {
+      uint8_t* to = p->x.data() + 2 * element_at(a.x_blocks, row, k);
       if (k < a.k) {
         memcpy(to, p->bf16_rows.data() + 2 * (row * a.k + k), 2);
       } else {
@@ -75,18 +69,17 @@ void fill_bf16_x(Gemm* p) {
 }
 
 // x as digit rows in blocks; with digits = 0, as rows of bf16 in blocks.
-void fill_x(Gemm* p, int64_t row_block) {
+void fill_x(Gemm* p) {
   LowbitGemmArgs& a = p->args;
   if (a.digits == 0) return fill_bf16_x(p);
-  a.row_block = row_block;
   const int64_t rows = a.m * a.digits;
   const int64_t factor = lowbit_sum_factor(a.bits, a.w_zeros == nullptr);
-  p->x.resize(size_t(round_up(rows, row_block) * a.k_padded), 0x55);
+  p->x.resize(size_t(element_count(a.x_blocks, rows)), 0x55);
   p->x_sums.resize(size_t(rows * a.groups));
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t k = 0; k < a.k_padded; ++k) {
+    for (int64_t k = 0; k < a.x_blocks.k_padded; ++k) {
       const int8_t digit = k < a.k ? int8_t(rng.below(256) - 128) : int8_t{0};
-      p->x[size_t(block_at(r, k, row_block, a.k_padded))] = uint8_t(digit);
+      p->x[size_t(element_at(a.x_blocks, r, k))] = uint8_t(digit);
       if (k < a.k) p->x_sums[size_t(r * a.groups + k / a.group_size)] += int32_t(factor * digit);
     }
   }
@@ -99,7 +92,7 @@ void fill_x(Gemm* p, int64_t row_block) {
 }
 
 // `variant` picks the types and the optional terms.
-Gemm make_gemm(Shape shape, int32_t bits, int32_t digits, int64_t row_block, int variant) {
+Gemm make_gemm(Shape shape, int32_t bits, int32_t digits, const RowBlocks& x_blocks, int variant) {
   Gemm p;
   LowbitGemmArgs& a = p.args;
   a.m = shape.m;
@@ -110,10 +103,11 @@ Gemm make_gemm(Shape shape, int32_t bits, int32_t digits, int64_t row_block, int
   a.groups = div_up(shape.k, shape.group_size);
   a.bits = bits;
   a.digits = digits;
+  a.x_blocks = x_blocks;
   a.w_scales_type = kTypes[variant % 3];
   a.y_type = kTypes[variant / 2 % 3];
   fill_weight(&p, variant % 2 == 0);
-  fill_x(&p, row_block);
+  fill_x(&p);
   p.bias = floats(a.n, a.y_type, 1.0f);
   p.add = floats(a.m * a.n, a.y_type, 1.0f);
   return p;
@@ -168,16 +162,12 @@ bool close_to_formula(const Gemm& p, const LowbitGemmArgs& a) {
   return true;
 }
 
-int64_t row_block_of(const KernelEntry<LowbitGemmFn>& entry, int64_t rows) {
-  return strstr(entry.name, "_tile_") != nullptr ? kTileRowBlock : rows;
-}
-
 void check_gemm(const KernelEntry<LowbitGemmFn>& entry, Shape shape, int32_t digits, int variant,
                 Guarded* memory) {
   running = entry.name;
   const int32_t bits = layout_info(entry.key / 2)->bits;
-  const int64_t block = row_block_of(entry, shape.m * digits);
-  Gemm p = make_gemm(shape, bits, digits, block, variant);
+  const RowBlocks blocks = lowbit_gemm_x_blocks(entry, shape.m, digits, shape.k);
+  Gemm p = make_gemm(shape, bits, digits, blocks, variant);
   const int64_t panels = div_up(shape.n, kPanel);
   Bytes want(p.y_bytes());
   if (digits != 0) lowbit_gemm_rows_scalar(plain_args(p, variant, want.data()), 0, panels);
@@ -223,8 +213,8 @@ void check_gemm_driver() {
     const Isa isa = Isa(tier);
     for (const int32_t digits : {0, 1, 3}) {
       if (digits == 0 && isa < Isa::avx512bf16) continue;
-      const int64_t block = digits == 0 ? 1 : lowbit_gemm_row_block(isa, shape.m * digits);
-      Gemm p = make_gemm(shape, 4, digits, block, 1);
+      const RowBlocks blocks = lowbit_gemm_x_blocks(isa, shape.m, digits, shape.k);
+      Gemm p = make_gemm(shape, 4, digits, blocks, 1);
       Bytes whole(p.y_bytes());
       lowbit_gemm(plain_args(p, 1, whole.data()), isa, serial_parallel());
       for (const int64_t threads : {2, 3, 7, 100}) {
@@ -278,12 +268,13 @@ void check_packing(Guarded* memory) {
 void check_bf16_blocks(Guarded* memory) {
   running = "block_bf16_rows";
   for (const Shape& shape : {Shape{1, 1, 1, 16}, Shape{6, 1, 32, 32}, Shape{13, 1, 75, 16}}) {
-    const Gemm p = make_gemm(shape, 4, 0, kTileRowBlock, 0);
+    const RowBlocks blocks{kTileRowBlock, kUnit, round_up(shape.k, kPadK)};
+    const Gemm p = make_gemm(shape, 4, 0, blocks, 0);
     for (const Against side : kSides) {
       memory->restart(side);
       uint8_t* out = memory->empty<uint8_t>(p.x.size());
       const uint8_t* rows = memory->copy(p.bf16_rows);
-      block_bf16_rows(reinterpret_cast<const bf16*>(rows), p.args.m, p.args.k, p.args.k_padded,
+      block_bf16_rows(reinterpret_cast<const bf16*>(rows), p.args.m, p.args.k, blocks,
                       reinterpret_cast<bf16*>(out), reversed_parallel(3));
       CHECK(memcmp(out, p.x.data(), p.x.size()) == 0, "block_bf16_rows: %d x %d", int(shape.m),
             int(shape.k));
@@ -335,7 +326,7 @@ void check_rows(Guarded* memory) {
   int variant = 0;
   for (const int32_t bits : {2, 3, 4, 8}) {
     for (const Shape& shape : {Shape{1, 1, 1, 16}, Shape{1, 33, 100, 32}, Shape{1, 70, 48, 48}}) {
-      const Gemm p = make_gemm(shape, bits, 1, 1, ++variant);
+      const Gemm p = make_gemm(shape, bits, 1, {1, kUnit, round_up(shape.k, kPadK)}, ++variant);
       const int64_t last = shape.n - 1;
       std::vector<int64_t> many{last, 0, last};
       while (many.size() < 13) many.push_back(rng.below(shape.n));  // work for three tasks

@@ -35,7 +35,7 @@ Bytes make_x(const Shape& shape, FloatType type, int64_t stride) {
 struct Outputs {
   Bytes codes, scales, sums;
   explicit Outputs(const EncodeArgs& a)
-      : codes(size_t(round_up(a.m * a.digits, a.row_block) * a.k_padded), Guarded::kPoison),
+      : codes(size_t(element_count(a.blocks, a.m * a.digits)), Guarded::kPoison),
         scales(size_t(a.m * (a.digits == 1 ? 1 : div_up(a.k, a.group_size)) * 4)),
         sums(size_t(a.m * a.digits * div_up(a.k, a.group_size) * 4)) {}
 
@@ -47,14 +47,14 @@ struct Outputs {
   }
 };
 
-EncodeArgs make_args(const Shape& shape, FloatType type, int32_t digits, int64_t row_block) {
+EncodeArgs make_args(const Shape& shape, FloatType type, int32_t digits, int64_t row_block,
+                     int64_t k_block) {
   EncodeArgs a{};
   a.m = shape.m;
   a.k = shape.k;
-  a.k_padded = row_block == 1 ? shape.k : round_up(shape.k, 32);
   a.group_size = shape.group_size;
   a.digits = digits;
-  a.row_block = row_block;
+  a.blocks = {row_block, k_block, row_block == 1 ? shape.k : round_up(shape.k, 2 * k_block)};
   a.x_type = type;
   a.stride_x = shape.k;
   a.sum_factor = -8;
@@ -80,7 +80,7 @@ void check_encode(const KernelEntry<EncodeFn>& entry, EncodeArgs a, const Bytes&
                       memcmp(b.scales, want.scales.data(), want.scales.size()) == 0 &&
                       (!sums || memcmp(b.sums, want.sums.data(), want.sums.size()) == 0);
     CHECK(same, "%s: m %d, k %d, group %d, %d digits, block %d, type %d differs", entry.name,
-          int(a.m), int(a.k), int(a.group_size), a.digits, int(a.row_block), int(a.x_type));
+          int(a.m), int(a.k), int(a.group_size), a.digits, int(a.blocks.rows), int(a.x_type));
     CHECK(memory->intact(), "%s: wrote outside of its outputs", entry.name);
   }
 }
@@ -89,7 +89,7 @@ void check_encode_driver() {
   const Shape shape{200, 500, 64};  // enough elements for six tasks
   for (int tier = 0; tier <= int(detected_isa()); ++tier) {
     for (const int32_t digits : {1, 3}) {
-      EncodeArgs a = make_args(shape, FloatType::f32, digits, 6);
+      EncodeArgs a = make_args(shape, FloatType::f32, digits, 6, 16);
       const Bytes x = make_x(shape, FloatType::f32, shape.k);
       a.x = x.data();
       Outputs whole(a);
@@ -118,7 +118,7 @@ void check_quantize(Guarded* memory) {
       for (const FloatType type : kTypes) {
         for (const int32_t digits : {1, 3}) {
           for (const int64_t block : {int64_t{1}, int64_t{6}, shape.m * digits}) {
-            EncodeArgs a = make_args(shape, type, digits, block);
+            EncodeArgs a = make_args(shape, type, digits, block, block == 6 ? 64 : 16);
             a.stride_x = block == 6 ? shape.k + 3 : shape.k;
             check_encode(entry, a, make_x(shape, type, a.stride_x), block != 1, memory);
           }

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import openwork
 from openwork import _kernels
 
-TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
+TIERS = ("scalar", "avx2", "avx512", "avx512bf16", "avx512amx")
 
 
 class Entry(NamedTuple):

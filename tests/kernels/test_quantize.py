@@ -15,7 +15,6 @@ FAMILY = "quantize"
 
 # Around the vector widths (8, 16), a unit (16) and the padding (32).
 DEPTHS = (1, 7, 8, 9, 15, 16, 17, 31, 33, 48, 100, 272)
-PAD = 32
 # The largest integer of three base-256 digits in -127 .. 127.
 LARGEST = 8355711
 
@@ -64,7 +63,7 @@ def expected_fixed(
     return digits, scales
 
 
-def blocked(digits: Codes, k_padded: int, row_block: int) -> npt.NDArray[np.int8]:
+def blocked(digits: Codes, k_padded: int, row_block: int, k_block: int) -> npt.NDArray[np.int8]:
     """The digit rows in blocks, zeros after k; the binding's poison in rows past the last."""
     rows = digits.reshape(-1, digits.shape[2])
     blocks = -(-len(rows) // row_block)
@@ -73,7 +72,7 @@ def blocked(digits: Codes, k_padded: int, row_block: int) -> npt.NDArray[np.int8
     padded[len(rows) :] = 0x55
     if row_block == 1:
         return padded.astype(np.int8).ravel()
-    units = padded.reshape(blocks, row_block, k_padded // 16, 16)
+    units = padded.reshape(blocks, row_block, k_padded // k_block, k_block)
     return units.transpose(0, 2, 1, 3).astype(np.int8).ravel()
 
 
@@ -84,19 +83,20 @@ def check(
     digits: int,
     *,
     row_block: int | None = None,
+    k_block: int = 16,
     sum_factor: int = 1,
 ) -> None:
     m, k = x.shape
     # One row a block is row-major and needs no padding: what openwork.quantize_rows asks for.
-    k_padded = k if row_block == 1 else -(-k // PAD) * PAD
+    k_padded = k if row_block == 1 else -(-k // (2 * k_block)) * 2 * k_block
     row_block = m * digits if row_block is None else row_block
     codes, scales, sums = _kernels.encode_rows(
-        entry.name, x, group_size, digits, k_padded, row_block, sum_factor
+        entry.name, x, group_size, digits, k_padded, row_block, k_block, sum_factor
     )
     want, want_scales = expected_int8(x) if digits == 1 else expected_fixed(x, group_size)
     where = f"shape {x.shape}, group {group_size}, digits {digits}, block {row_block}, {x.dtype}"
     assert np.array_equal(scales, want_scales, equal_nan=True), where
-    assert np.array_equal(codes, blocked(want, k_padded, row_block)), where
+    assert np.array_equal(codes, blocked(want, k_padded, row_block, k_block)), where
     starts = range(0, k, group_size)
     want_sums = [want[:, :, b : b + group_size].sum(2) * sum_factor for b in starts]
     assert np.array_equal(sums, np.stack(want_sums, 2)), where
@@ -117,6 +117,8 @@ def test_row_blocks(entry: Entry, rng: np.random.Generator, digits: int) -> None
         for row_block in (1, 6, m * digits):
             x = floats.store(rng.standard_normal((m, 80)), "float32")
             check(entry, x, 32, digits, row_block=row_block)
+            if row_block > 1:
+                check(entry, x, 32, digits, row_block=row_block, k_block=64)
 
 
 def _special_rows() -> npt.NDArray[np.float32]:
@@ -175,7 +177,7 @@ def test_every_sixteen_bit_value(entry: Entry, dtype: str, digits: int) -> None:
 def test_fixed_point_keeps_fp32_accuracy(entry: Entry, rng: np.random.Generator) -> None:
     """The digits rebuild x to within half a step of the smallest scale that fits."""
     x = (rng.standard_normal((50, 64)) * np.exp2(rng.uniform(-60, 60, (50, 1)))).astype(np.float32)
-    codes, scales, _ = _kernels.encode_rows(entry.name, x, 16, 3, 64, 1, 1)
+    codes, scales, _ = _kernels.encode_rows(entry.name, x, 16, 3, 64, 1, 16, 1)
     digits = codes.reshape(50, 3, 64).astype(np.float64)
     step = np.repeat(scales, 16, 1).astype(np.float64)
     rebuilt = step * (digits[:, 0] * 65536 + digits[:, 1] * 256 + digits[:, 2])

@@ -12,24 +12,52 @@ constexpr KernelEntry<LowbitGemmFn> kTable[] = {
 // Multiply-adds below which a second thread costs more than it saves: about 4 us of work.
 constexpr int64_t kWorkPerTask = 1 << 18;
 
-// Panels that a kernel takes at a time, between which a split wastes nothing: the tile kernels take
-// two. One where it can be: 18 panels are 9 + 9, not 8 + 10.
+bool unpacks_tiles(const KernelEntry<LowbitGemmFn>& kernel) {
+  return kernel.isa >= Isa::avx512 && kernel.max_m == kAnyM;
+}
+
+// Panels that a kernel takes at a time, between which a split wastes nothing: the 64-output tile
+// kernels take two. One where it can be: 18 panels are 9 + 9, not 8 + 10.
 int64_t split_of(const KernelEntry<LowbitGemmFn>& kernel) {
-  return kernel.isa >= Isa::avx512 && kernel.max_m == kAnyM ? 2 : 1;
+  return unpacks_tiles(kernel) && kernel.isa < Isa::avx512amx ? 2 : 1;
+}
+
+int64_t row_count(int64_t m, int32_t digits) { return digits == 0 ? m : m * digits; }
+
+// Rows of x up to which AMX gains nothing: it unpacks to the cache, and memory is the limit.
+constexpr int64_t kFewForAmx = 8;
+
+const KernelEntry<LowbitGemmFn>& kernel_for(Isa isa, int32_t key, int64_t m, int32_t digits) {
+  const bool amx = isa >= Isa::avx512amx && m > kFewForAmx;
+  return pick(kTable,
+              amx                     ? isa
+              : isa < Isa::avx512bf16 ? isa
+                                      : Isa::avx512bf16,
+              key, row_count(m, digits));
 }
 
 }  // namespace
 
-int64_t lowbit_gemm_row_block(Isa isa, int64_t rows) {
-  return isa < Isa::avx512 || rows <= kRowsKernelMaxRows ? rows : kTileRowBlock;
+RowBlocks lowbit_gemm_x_blocks(const KernelEntry<LowbitGemmFn>& kernel, int64_t m, int32_t digits,
+                               int64_t k) {
+  if (!unpacks_tiles(kernel)) return {row_count(m, digits), kUnit, round_up(k, kPadK)};
+  if (kernel.isa < Isa::avx512amx) return {kTileRowBlock, kUnit, round_up(k, kPadK)};
+  if (digits == 0) return {kAmxRows, kAmxBytes / 2, round_up(k, kAmxBytes / 2)};
+  return {kAmxRows * digits, kAmxBytes, round_up(k, kAmxBytes)};
+}
+
+RowBlocks lowbit_gemm_x_blocks(Isa isa, int64_t m, int32_t digits, int64_t k) {
+  // The layout of the weight makes no difference.
+  const int32_t key = lowbit_key(Layout::w4_n32k8, digits == 0);
+  return lowbit_gemm_x_blocks(kernel_for(isa, key, m, digits), m, digits, k);
 }
 
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m) { return isa >= Isa::avx512bf16 && m >= 12; }
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel) {
   const int32_t key = lowbit_key(layout_for_bits(args.bits)->id, args.digits == 0);
-  const int64_t rows = args.m * (args.digits == 0 ? 1 : args.digits);
-  const KernelEntry<LowbitGemmFn>& kernel = pick(kTable, isa, key, rows);
+  const int64_t rows = row_count(args.m, args.digits);
+  const KernelEntry<LowbitGemmFn>& kernel = kernel_for(isa, key, args.m, args.digits);
   const int64_t panels = div_up(args.n, kPanel);
   const int64_t split = split_of(kernel);
   const int64_t pieces = div_up(panels, split);

@@ -35,6 +35,7 @@
 #include "core/kernel_table.h"
 #include "core/layout.h"
 #include "core/parallel.h"
+#include "core/row_blocks.h"
 #include "core/types.h"
 
 namespace ow {
@@ -48,6 +49,9 @@ constexpr int64_t kPadK = 32;
 // blocks the tile kernels take their rows in.
 constexpr int64_t kRowsKernelMaxRows = 24;
 constexpr int64_t kTileRowBlock = 6;
+// A tile register of AMX: rows, and bytes of one.
+constexpr int64_t kAmxRows = 16;
+constexpr int64_t kAmxBytes = 64;
 
 // The int32 sums hold |code| * |digit| * k < 2^31 up to this k in one group.
 constexpr int64_t kMaxGroup = 65536;
@@ -56,9 +60,9 @@ struct LowbitGemmArgs {
   int64_t m, n, k;
   int64_t k_padded, group_size, groups;
   int32_t bits;
-  int32_t digits;     // 1, 3: x is int8 digit rows; 0: x is bf16, from block_bf16_rows
-  int64_t row_block;  // of the digit rows, see kernels/quantize/quantize.h
+  int32_t digits;  // 1, 3: x is int8 digit rows; 0: x is rows of bf16
   const void* x;
+  RowBlocks x_blocks;     // of its rows, as lowbit_gemm_x_blocks says
   const float* x_scales;  // digits 1: [m]; digits 3: [m, groups]; digits 0: null
   const int32_t* x_sums;  // [m, digits, groups] times lowbit_sum_factor; digits 0: null
   const uint8_t* w;       // packed
@@ -86,6 +90,10 @@ constexpr int32_t lowbit_key(Layout layout, bool bf16_x) { return int32_t(layout
   X(isa, lowbit_key(Layout::w8_n32k4, bf16_x), max_m, fn)
 
 #define OW_LOWBIT_GEMM_KERNELS(X)                                                                 \
+  OW_IF_AVX512AMX(OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512amx, true, kAnyM,                           \
+                                             lowbit_gemm_tile_32x16_bf16_avx512amx))              \
+  OW_IF_AVX512AMX(                                                                                \
+      OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512amx, false, kAnyM, lowbit_gemm_tile_32x16_avx512amx))   \
   OW_IF_AVX512BF16(                                                                               \
       OW_LOWBIT_GEMM_EACH_LAYOUT(X, avx512bf16, true, kAnyM, lowbit_gemm_tile_64x6_avx512bf16))   \
   OW_IF_AVX512(                                                                                   \
@@ -104,14 +112,16 @@ OW_INLINE int32_t lowbit_sum_factor(int32_t bits, bool symmetric) {
   return symmetric ? -(1 << (bits - 1)) : 1;
 }
 
-// The row_block the kernel that would be chosen wants its digit rows in.
-int64_t lowbit_gemm_row_block(Isa isa, int64_t rows);
+// How a kernel wants the m * digits rows of x (m for digits = 0).
+RowBlocks lowbit_gemm_x_blocks(const KernelEntry<LowbitGemmFn>& kernel, int64_t m, int32_t digits,
+                               int64_t k);
+// The same of the kernel that would be chosen.
+RowBlocks lowbit_gemm_x_blocks(Isa isa, int64_t m, int32_t digits, int64_t k);
 
-// Whether `m` rows of bf16 are better left as bf16 (digits = 0) than encoded. They are then laid
-// out like the codes of kernels/quantize, in row blocks of kTileRowBlock.
+// Whether `m` rows of bf16 are better left as bf16 (digits = 0) than encoded.
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m);
-// x [m, k] to out [round_up(m, kTileRowBlock), k_padded] in blocks, zero past k.
-void block_bf16_rows(const bf16* x, int64_t m, int64_t k, int64_t k_padded, bf16* out,
+// x [m, k] to out in blocks, zero past k.
+void block_bf16_rows(const bf16* x, int64_t m, int64_t k, const RowBlocks& blocks, bf16* out,
                      const Parallel& parallel);
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel);

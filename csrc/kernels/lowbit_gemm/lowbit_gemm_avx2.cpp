@@ -131,7 +131,7 @@ void rows_half(const LowbitGemmArgs& a, int64_t panel, int64_t half, int64_t row
       a.w + panel * panel_bytes(a.bits, a.k_padded) + half * (block_bytes(a.bits) / 2);
   // All digit rows are one block: those of a unit lie together.
   const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * kUnit;
-  const int64_t unit_stride = a.row_block * kUnit;
+  const int64_t unit_stride = a.x_blocks.rows * kUnit;
   VecF totals[kRows][2];
   for (auto& total : totals) total[0] = total[1] = set1(0.0f);
   for (int64_t g = 0; g < a.groups; ++g) {

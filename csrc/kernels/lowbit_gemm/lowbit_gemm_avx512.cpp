@@ -19,19 +19,6 @@ OW_INLINE void dot4(__m512i& acc, __m512i codes, __m512i digits) {
   asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(digits));
 }
 
-// The sum of one row's group from its accumulators: an int32, or three base-256 digits.
-template <int kDigits>
-OW_INLINE VecF group_sum(const __m512i* digits, int64_t stride, float scale) {
-  VecF sum = to_float(VecI{digits[0]});
-  if constexpr (kDigits == 3) {
-    const VecF middle = to_float(VecI{digits[stride]});
-    const VecF low = to_float(VecI{digits[2 * stride]});
-    sum = fma(sum, set1(65536.0f), fma(middle, set1(256.0f), low));
-    sum = mul(sum, set1(scale));
-  }
-  return sum;
-}
-
 // --- rows: codes unpacked in registers, few rows of x --------------------------------------------
 //
 // One stream of weight bytes a thread, both halves of a panel at a time: each product needs a
@@ -50,7 +37,7 @@ void rows_panel(const LowbitGemmArgs& a, int64_t panel, int64_t row, int64_t fet
   const bool symmetric = a.w_zeros == nullptr;
   // All digit rows are one block: those of a unit lie together.
   const int8_t* x = static_cast<const int8_t*>(a.x) + row * kDigits * kUnit;
-  const int64_t unit_stride = a.row_block * kUnit;
+  const int64_t unit_stride = a.x_blocks.rows * kUnit;
   alignas(64) float totals[kRows][2][kHalf] = {};
   for (int64_t g = 0; g < a.groups; ++g) {
     const int32_t* x_sums = a.x_sums + row * kDigits * a.groups + g;
@@ -299,7 +286,7 @@ void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
         for (int64_t unit = group_begin; unit < group_end; unit += kTileUnits) {
           const int64_t units = min_of(kTileUnits, group_end - unit);
           unpack_tile<kBits>(a, panel, halves, g, unit, unit + units, tile);
-          NextTile next = next_tile(a, panel, end, unit + units, units, div_up(rows, kBlock));
+          NextTile next = next_tile<2>(a, panel, end, unit + units, units, div_up(rows, kBlock));
           for_each_row_block<kBlock>(rows, [&](int64_t r, auto block) {
             next.fetch_share();
             const int64_t row = row_begin + r;

@@ -115,16 +115,31 @@ class NextTile {
   int64_t done_ = 0;
 };
 
-// The tile after units [.., unit_end) of the panels from `panel` on, of panels up to `end`.
+// The tile, of kPanels panels, after units [.., unit_end) of the panels from `panel` on, of panels
+// up to `end`.
+template <int kPanels>
 OW_INLINE NextTile next_tile(const LowbitGemmArgs& a, int64_t panel, int64_t end, int64_t unit_end,
                              int64_t tile_units, int64_t blocks) {
   const int64_t row_units = div_up(a.k, kUnit);
   if (unit_end >= row_units) {
-    panel += 2;
+    panel += kPanels;
     unit_end = 0;
   }
-  const int64_t panels = panel < end ? min_of(2, end - panel) : 0;
+  const int64_t panels = panel < end ? min_of(kPanels, end - panel) : 0;
   return NextTile(a, panel, panels, unit_end, min_of(tile_units, row_units - unit_end), blocks);
+}
+
+// The sum of one row's group from its accumulators: an int32, or three base-256 digits.
+template <int kDigits>
+OW_INLINE VecF group_sum(const __m512i* digits, int64_t stride, float scale) {
+  VecF sum = to_float(VecI{digits[0]});
+  if constexpr (kDigits == 3) {
+    const VecF middle = to_float(VecI{digits[stride]});
+    const VecF low = to_float(VecI{digits[2 * stride]});
+    sum = fma(sum, set1(65536.0f), fma(middle, set1(256.0f), low));
+    sum = mul(sum, set1(scale));
+  }
+  return sum;
 }
 
 template <int kN>

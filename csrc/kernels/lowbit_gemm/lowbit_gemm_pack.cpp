@@ -107,17 +107,17 @@ void unpack_lowbit(const LowbitPackArgs& a, const uint8_t* packed, const void* p
   });
 }
 
-void block_bf16_rows(const bf16* x, int64_t m, int64_t k, int64_t k_padded, bf16* out,
+void block_bf16_rows(const bf16* x, int64_t m, int64_t k, const RowBlocks& blocks, bf16* out,
                      const Parallel& parallel) {
-  constexpr int64_t kBlock = kTileRowBlock;
   const int64_t tasks = min_of(parallel.threads, m);
   parallel.for_each(tasks, [&](int64_t task) {
     for (int64_t row = m * task / tasks; row < m * (task + 1) / tasks; ++row) {
-      bf16* to = out + row / kBlock * kBlock * k_padded + row % kBlock * kUnit;
-      for (int64_t unit = 0; unit < k_padded; unit += kUnit, to += kBlock * kUnit) {
-        const int64_t count = unit < k ? min_of(kUnit, k - unit) : 0;
+      bf16* to = out + element_at(blocks, row, 0);
+      for (int64_t unit = 0; unit < blocks.k_padded; unit += blocks.k) {
+        const int64_t count = unit < k ? min_of(blocks.k, k - unit) : 0;
         memcpy(to, x + row * k + unit, size_t(count) * sizeof(bf16));
-        memset(to + count, 0, size_t(kUnit - count) * sizeof(bf16));
+        memset(to + count, 0, size_t(blocks.k - count) * sizeof(bf16));
+        to += blocks.rows * blocks.k;
       }
     }
   });

@@ -43,9 +43,7 @@ void codes_at(const uint8_t* panel, int32_t bits, int64_t lane, int64_t k, uint8
 }
 
 const int8_t* digits_at(const LowbitGemmArgs& a, int64_t r, int64_t k) {
-  const int64_t block = a.row_block;
-  return static_cast<const int8_t*>(a.x) + r / block * block * a.k_padded + k / 16 * 16 * block +
-         r % block * 16 + k % 16;
+  return static_cast<const int8_t*>(a.x) + element_at(a.x_blocks, r, k);
 }
 
 float output(const LowbitGemmArgs& a, int64_t i, int64_t n) {

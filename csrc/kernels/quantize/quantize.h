@@ -12,11 +12,7 @@
 //
 //   sum[i,d,g] = sum_factor * sum_{k in g} code[i,d,k]  (exact; what a zero point is multiplied by)
 //
-// Codes are stored in blocks of row_block digit rows (r = i * digits + d), 16 k at a time:
-//   code[r, k] at (r / B) * B * k_padded + (k / 16) * 16 * B + (r % B) * 16 + k % 16,  B =
-//   row_block
-// so that the rows a kernel multiplies together lie together; rows a power of two apart would
-// fight for the same cache sets. B = 1 is row-major.
+// Digit rows r = i * digits + d are stored in blocks (core/row_blocks.h) of at least 16 k.
 //
 // Round is to nearest even. A row (group) that holds an infinity or a NaN gets scale NaN and codes
 // 0; one whose largest magnitude is too small to scale (< 2^-120 for a row, 2^-100 for a group)
@@ -25,21 +21,21 @@
 
 #include "core/kernel_table.h"
 #include "core/parallel.h"
+#include "core/row_blocks.h"
 #include "core/types.h"
 
 namespace ow {
 
 struct EncodeArgs {
   int64_t m, k;
-  int64_t k_padded;    // codes past k are zero
   int64_t group_size;  // of k; a multiple of 16, or k
   int32_t digits;      // 1 or 3
-  int64_t row_block;   // of codes; the last block is as large as the others
+  RowBlocks blocks;    // of codes, which are zero past k
   FloatType x_type;
   const void* x;  // [m, k]
   int64_t stride_x;
   int32_t sum_factor;
-  int8_t* codes;  // [round_up(m * digits, row_block), k_padded] in blocks
+  int8_t* codes;  // m * digits rows in blocks
   float* scales;  // digits 1: [m]; digits 3: [m, groups]
   int32_t* sums;  // [m, digits, groups], or null
 };

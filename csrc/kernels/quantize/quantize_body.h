@@ -21,13 +21,16 @@ OW_INLINE uint32_t largest_magnitude(const T* x, int64_t n) {
 // Where the codes of one digit row go.
 struct CodeRow {
   int8_t* base;
-  int64_t unit_stride;  // from one 16 k to the next
+  int64_t k_shift;      // log2 of the k that lie together
+  int64_t unit_stride;  // from those to the next
 
   static CodeRow of(const EncodeArgs& a, int64_t r) {
-    const int64_t block = a.row_block;
-    return {a.codes + r / block * block * a.k_padded + r % block * 16, block * 16};
+    return {a.codes + element_at(a.blocks, r, 0), __builtin_ctzll(uint64_t(a.blocks.k)),
+            a.blocks.k * a.blocks.rows};
   }
-  int8_t* at(int64_t k) const { return base + k / 16 * unit_stride + k % 16; }
+  int8_t* at(int64_t k) const {
+    return base + (k >> k_shift) * unit_stride + (k & ((int64_t{1} << k_shift) - 1));
+  }
   // `lanes` codes from k on; whole vectors never cross 16 k.
   void put(int64_t k, VecI code, int64_t lanes) const {
     if (lanes == kLanes) {
@@ -60,7 +63,7 @@ void encode_row_int8(const EncodeArgs& a, int64_t row) {
   }
   a.scales[row] = scale;
   if (inverse == 0.0f) {
-    codes.zero(0, a.k_padded);
+    codes.zero(0, a.blocks.k_padded);
     if (a.sums != nullptr) memset(a.sums + row * groups, 0, size_t(groups) * 4);
     return;
   }
@@ -77,7 +80,7 @@ void encode_row_int8(const EncodeArgs& a, int64_t row) {
     }
     if (a.sums != nullptr) a.sums[row * groups + g] = a.sum_factor * sum(total);
   }
-  codes.zero(a.k, a.k_padded);
+  codes.zero(a.k, a.blocks.k_padded);
 }
 
 // The low base-256 digit, in -128..127.
@@ -123,7 +126,7 @@ void encode_row_fixed(const EncodeArgs& a, int64_t row) {
       for (int d = 0; d < 3; ++d) a.sums[(row * 3 + d) * groups + g] = a.sum_factor * sum(total[d]);
     }
   }
-  for (const CodeRow& digit : codes) digit.zero(a.k, a.k_padded);
+  for (const CodeRow& digit : codes) digit.zero(a.k, a.blocks.k_padded);
 }
 
 template <class T>

@@ -293,7 +293,7 @@ def _linear_cost(params: Mapping[str, Any]) -> Cost:
     if params["compute"] == "int8":
         return Cost(moved, ops, "int8")
     # Few rows of bf16 are encoded (lowbit_gemm_takes_bf16); no workload has so few.
-    if params["dtype"] == "bfloat16" and _native.isa() == "avx512bf16":
+    if params["dtype"] == "bfloat16" and _native.isa() in ("avx512bf16", "avx512amx"):
         return Cost(moved, ops, "bf16")
     # Three int8 products for each of x's digits.
     return Cost(moved, 3 * ops, "int8")
