@@ -216,7 +216,10 @@ def _damaged_tensor(draw: Draw, tensor: Tensor) -> Tensor:
             repeated = tensor.new_ones(shape).expand(tensor.shape)
             return draw(st.sampled_from([gaps, turned, repeated]))
         case _:
-            values = [255] if tensor.dtype == torch.uint8 else [float("nan"), float("inf"), 6e4]
+            values: list[float] = [float("nan"), float("inf"), 6e4]
+            if not tensor.is_floating_point():
+                integers = tensor.dtype != torch.bool
+                values = [-1, 1, torch.iinfo(tensor.dtype).max] if integers else [False, True]
             return torch.full_like(tensor, draw(st.sampled_from(values)))
 
 
@@ -248,7 +251,10 @@ def _damaged_calls(draw: Draw, name: str) -> Raw:
 
 
 # Conditions on values, which a fake does not have.
-_ON_VALUES = r"\w+: ((codes|zeros|ids) must be in 0 \.\.|scales must be finite)"
+_ON_VALUES = (
+    r"\w+: ((codes|zeros|ids|offsets|indices) must be in 0 \.\.|scales must be finite|"
+    r"indptr must rise|(nnz|blocks) must be the number)"
+)
 
 
 def _call(name: str, raw: Raw) -> tuple[Tensor, ...] | Exception:
