@@ -60,6 +60,7 @@ Tensor multiply(const char* op, const Tensor& x_any, const Tensor& values, const
   if (args.m == 0) return y;
   const Tensor x = as_contiguous(x_any);
   args.w = w;
+  args.nnz = values.size(0) - kSparseBlockSize;
   args.values = values.const_data_ptr();
   args.value_type = check_value_dtype(op, "values", values);
   args.scales = static_cast<const float*>(const_data(scales));

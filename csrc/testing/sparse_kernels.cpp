@@ -57,10 +57,11 @@ struct PackedSparse {
   }
 };
 
-std::vector<float> prepared(const float* x, int64_t m, int64_t k, int64_t k_padded,
-                            int64_t widest) {
-  std::vector<float> out(size_t(sparse_x_count(m, k_padded, widest)));
-  prepare_sparse_x(x, FloatType::f32, m, k, k_padded, widest, out.data(), serial_parallel());
+template <class Kernel>
+std::vector<float> prepared(const Kernel& kernel, const float* x, int64_t m, int64_t k,
+                            int64_t k_padded) {
+  std::vector<float> out(size_t(sparse_x_count(m, k_padded, kernel.widest)));
+  kernel.prepare({x, FloatType::f32, m, k, k_padded, kernel.widest, out.data()}, 0, k_padded);
   return out;
 }
 
@@ -79,7 +80,7 @@ void run_sparse_gemm(const std::string& kernel, const Array<float>& x, const py:
   args.y = y.mutable_data();
   const auto run = [&](const SparseGemmKernel& entry) {
     const std::vector<float> rows =
-        prepared(x.data(), args.m, args.w.k, k_padded_of(args.w), entry.widest);
+        prepared(entry, x.data(), args.m, args.w.k, k_padded_of(args.w));
     args.x = rows.data();
     std::vector<float> tile(size_t(args.w.panels * kSparsePanel * entry.widest));
     entry.run(args, 0, args.w.panels, tile.data());
@@ -99,10 +100,9 @@ Array<float> run_sampled_gemm(const std::string& kernel, const Array<float>& g,
   std::vector<float> grad(w.values.size() / sizeof(float));
   const auto run = [&](const SampledGemmKernel& entry) {
     const int64_t n_padded = w.pattern.panels * kSparsePanel;
-    const std::vector<float> g_rows =
-        prepared(g.data(), g.shape(0), w.pattern.n, n_padded, entry.widest);
+    const std::vector<float> g_rows = prepared(entry, g.data(), g.shape(0), w.pattern.n, n_padded);
     const std::vector<float> x_rows =
-        prepared(x.data(), x.shape(0), w.pattern.k, k_padded_of(w.pattern), entry.widest);
+        prepared(entry, x.data(), x.shape(0), w.pattern.k, k_padded_of(w.pattern));
     const SampledGemmArgs args{g.shape(0), w.pattern, g_rows.data(), x_rows.data(), grad.data()};
     entry.run(args, 0, w.pattern.panels);
     expand_sparse(w.pattern, ValueType::f32, grad.data(), dense.mutable_data(), serial_parallel());

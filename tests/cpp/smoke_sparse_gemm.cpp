@@ -72,6 +72,7 @@ struct Problem {
     SparseGemmArgs a{};
     a.m = m;
     a.w = pattern();
+    a.nnz = int64_t(values.size()) / value_size(type) - kSparseBlockSize;
     a.values = values.data();
     a.value_type = type;
     a.scales = scales.data();
@@ -106,7 +107,7 @@ void check_kernel(const KernelEntry<const SparseGemmKernel*>& entry, const Probl
     SparseGemmArgs a = p.args();
     const int64_t k_padded = k_padded_of(a.w);
     std::vector<float> x(size_t(sparse_x_count(p.m, k_padded, widest)));
-    prepare_sparse_x(p.x.data(), p.y_type, p.m, p.k, k_padded, widest, x.data(), serial_parallel());
+    entry.fn->prepare({p.x.data(), p.y_type, p.m, p.k, k_padded, widest, x.data()}, 0, k_padded);
     std::vector<uint64_t> masks = p.masks;
     // Masks that belong to other values choose wrong ones, but none outside of the tensor.
     if (torn_masks) {
@@ -138,9 +139,9 @@ void check_sampled(const KernelEntry<const SampledGemmKernel*>& entry, const Pro
   const int64_t n_padded = w.panels * kSparsePanel;
   std::vector<float> g(size_t(sparse_x_count(p.m, n_padded, widest)));
   std::vector<float> x(size_t(sparse_x_count(p.m, k_padded_of(w), widest)));
-  prepare_sparse_x(p.add.data(), p.y_type, p.m, p.n, n_padded, widest, g.data(), serial_parallel());
-  prepare_sparse_x(p.x.data(), p.y_type, p.m, p.k, k_padded_of(w), widest, x.data(),
-                   serial_parallel());
+  const int64_t k_padded = k_padded_of(w);
+  entry.fn->prepare({p.add.data(), p.y_type, p.m, p.n, n_padded, widest, g.data()}, 0, n_padded);
+  entry.fn->prepare({p.x.data(), p.y_type, p.m, p.k, k_padded, widest, x.data()}, 0, k_padded);
   for (const Against side : kSides) {
     memory->restart(side);
     SampledGemmArgs a{p.m, w, memory->copy(g), memory->copy(x), nullptr};

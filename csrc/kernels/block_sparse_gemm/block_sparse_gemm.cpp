@@ -14,17 +14,25 @@ constexpr int64_t kWorkPerTask = 1 << 18;
 // Elements of x for the same.
 constexpr int64_t kElementsPerTask = 1 << 14;
 
-// Tile by tile, k [begin, end), which are multiples of 16 but for the last.
+// Tile by tile, k [begin, end).
 template <class T>
 void prepare_tiles(const BlockSparseGemmArgs& a, const T* x, int64_t widest, int64_t begin,
                    int64_t end, float* out) {
+  // Of k at a time: rows are read along k, and what they are spread over stays in L1.
+  constexpr int64_t kStep = 64;
   for (int64_t first = 0; first < a.m; first += widest) {
     const int64_t used = min_of(widest, a.m - first);
     const int64_t rows = tile_rows(used, widest);
     float* tile = out + first * a.k_padded;
-    for (int64_t k = begin; k < end; ++k) {
+    for (int64_t step = begin; step < end; step += kStep) {
+      const int64_t step_end = min_of(step + kStep, end);
+      const int64_t inside = min_of(step_end, a.k);
       for (int64_t i = 0; i < rows; ++i) {
-        tile[k * rows + i] = i < used && k < a.k ? to_float(x[(first + i) * a.k + k]) : 0.0f;
+        int64_t k = step;
+        if (i < used) {
+          for (; k < inside; ++k) tile[k * rows + i] = to_float(x[(first + i) * a.k + k]);
+        }
+        for (; k < step_end; ++k) tile[k * rows + i] = 0.0f;
       }
     }
   }

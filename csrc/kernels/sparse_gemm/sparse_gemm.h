@@ -53,9 +53,25 @@ OW_INLINE SparsePattern sparse_pattern(int64_t n, int64_t k) {
 }
 OW_INLINE int64_t k_padded_of(const SparsePattern& w) { return w.k_blocks * kSparseBlockK; }
 
-// x as a kernel reads it. Rows: [m, k_padded] floats, zero past k. Tokens: panels of up to `widest`
-// rows of x, transposed, each [k_padded, width] with width 16, 32, 64 or 128, zero past m and k:
-// a stored w then meets a panel row, one load for each vector of tokens, and no gather.
+// x as a kernel reads it. Rows: [k_padded / 16, m, 16] floats, zero past k: what few rows need at a
+// time lies together, where rows a power of two apart would fight for the same cache sets. Tokens:
+// panels of up to `widest` rows of x, transposed, each [k_padded, width] with width 16, 32, 64 or
+// 128, zero past m and k: a stored w then meets a panel row, one load for each vector of tokens,
+// and no gather.
+struct SparseXArgs {
+  const void* x;  // [m, k] of type
+  FloatType type;
+  int64_t m, k, k_padded;
+  int64_t widest;  // panel of tokens; 0: rows
+  float* out;
+};
+// Columns [begin, end) of x, multiples of 16.
+using PrepareFn = void (*)(const SparseXArgs&, int64_t begin, int64_t end);
+
+// Where element (i, k) of m rows is.
+OW_INLINE int64_t row_place(int64_t m, int64_t i, int64_t k) {
+  return (k / 16 * m + i) * 16 + k % 16;
+}
 constexpr int64_t kMaxTokens = 128;
 OW_INLINE int64_t token_width(int64_t rows) {
   return rows > 64 ? 128 : rows > 32 ? 64 : rows > 16 ? 32 : 16;
@@ -75,6 +91,7 @@ constexpr int64_t kTileRows = 1024;
 struct SparseGemmArgs {
   int64_t m;
   SparsePattern w;
+  int64_t nnz;  // stored values
   const void* values;
   ValueType value_type;
   const float* scales;  // [n], or null
@@ -88,10 +105,12 @@ struct SparseGemmArgs {
 struct SparseGemmKernel {
   // y of panels [begin, end); tile [min(kTileRows, 16 * (end - begin)), widest] is scratch.
   void (*run)(const SparseGemmArgs&, int64_t begin, int64_t end, float* tile);
+  PrepareFn prepare;
   int64_t widest;  // panel of tokens; 0: x is rows
 };
 
-// Rows up to which expanding masks in registers beats visiting values one by one.
+// Rows up to which expanding masks in registers may beat visiting values one by one; fewer where
+// few are stored (sparse_gemm.cpp).
 constexpr int64_t kExpandMaxRows = 16;
 
 #define OW_SPARSE_GEMM_KERNELS(X)                                       \
@@ -104,10 +123,8 @@ constexpr int64_t kExpandMaxRows = 16;
 OW_SPARSE_GEMM_KERNELS(OW_DECLARE)
 #undef OW_DECLARE
 
-// Rows of x [m, k] of x_type in the form `kernel` reads, and the floats that takes.
+// Floats that the prepared x takes.
 int64_t sparse_x_count(int64_t m, int64_t k_padded, int64_t widest);
-void prepare_sparse_x(const void* x, FloatType x_type, int64_t m, int64_t k, int64_t k_padded,
-                      int64_t widest, float* out, const Parallel& parallel);
 
 // The product of x [m, k] of y_type. `scratch` has as many floats as sparse_gemm_scratch says.
 int64_t sparse_gemm_scratch(const SparseGemmArgs& args, Isa isa, int64_t threads);
@@ -126,6 +143,7 @@ struct SampledGemmArgs {
 };
 struct SampledGemmKernel {
   void (*run)(const SampledGemmArgs&, int64_t begin, int64_t end);  // panels
+  PrepareFn prepare;
   int64_t widest;
 };
 

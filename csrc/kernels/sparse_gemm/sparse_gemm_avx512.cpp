@@ -20,45 +20,37 @@ OW_INLINE __m512 sixteen_values(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_epi8(p)));
 }
 
-// acc[i] += one row of a block times 64 k of rows i of x. The masked multiply leaves lanes that are
-// not stored alone, so an infinite x there does no harm.
+// acc[i] += one row of a block times 64 k of rows i of x, 16 k of which are `stride` floats apart.
+// The masked multiply leaves lanes that are not stored alone, so an infinite x there does no harm.
 template <int kRows, class T>
-OW_INLINE void expand_row(uint64_t mask, const T* value, const float* x, int64_t stride_x,
+OW_INLINE void expand_row(uint64_t mask, const T* value, const float* x, int64_t stride,
                           __m512* acc) {
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
-    const __mmask16 lanes = __mmask16(mask >> (16 * q));
+    __mmask16 lanes = __mmask16(mask >> (16 * q));
+    // One mask register: gcc would move the bits to a second one for the multiply.
+    asm("" : "+Yk"(lanes));
     const T* from = value + __builtin_popcountll(mask & ((uint64_t{1} << (16 * q)) - 1));
     const __m512 w = _mm512_maskz_expand_ps(lanes, sixteen_values(from));
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const __m512 columns = _mm512_loadu_ps(x + i * stride_x + 16 * q);
+      const __m512 columns = _mm512_loadu_ps(x + q * stride + i * 16);
       acc[i] = _mm512_mask3_fmadd_ps(w, columns, acc[i], lanes);
     }
   }
-}
-
-template <class T>
-OW_INLINE void finish_outputs(const SparseGemmArgs& a, int64_t row, int64_t n, VecF value) {
-  const int64_t lanes = min_of(kSparsePanel, a.w.n - n);
-  if (a.scales != nullptr) value = mul(value, load_n(a.scales + n, lanes));
-  if (a.bias != nullptr) value = add(value, load_n(static_cast<const T*>(a.bias) + n, lanes));
-  const int64_t at = row * a.w.n + n;
-  if (a.add != nullptr) value = add(value, load_n(static_cast<const T*>(a.add) + at, lanes));
-  store_n(static_cast<T*>(a.y) + at, value, lanes);
 }
 
 // Rows [row, row + kRows) of y for one panel.
 template <int kRows, class T>
 void expand_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
   const SparsePattern& w = a.w;
-  const int64_t stride_x = k_padded_of(w);
-  const float* x = a.x + row * stride_x;
+  const int64_t stride = a.m * 16;
+  const float* x = a.x + row * 16;
   __m512 acc[kSparsePanel][kRows];
   for (auto& output : acc) {
     for (__m512& sum : output) sum = _mm512_setzero_ps();
   }
-  for (int64_t b = 0; b < w.k_blocks; ++b) {
+  for (int64_t b = 0; b < w.k_blocks; ++b, x += 4 * stride) {
     const int64_t block = panel * w.k_blocks + b;
     const uint64_t* masks = w.masks + block * kSparsePanel;
     const T* value = static_cast<const T*>(a.values) + w.offsets[block];
@@ -66,7 +58,7 @@ void expand_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
       __m512 sums[kRows];
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) sums[i] = acc[r][i];
-      expand_row<kRows>(masks[r], value, x + b * kSparseBlockK, stride_x, sums);
+      expand_row<kRows>(masks[r], value, x, stride, sums);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) acc[r][i] = sums[i];
       value += __builtin_popcountll(masks[r]);
@@ -77,9 +69,9 @@ void expand_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
     for (int64_t r = 0; r < kSparsePanel; ++r) line[r] = _mm512_reduce_add_ps(acc[r][i]);
     const int64_t n = panel * kSparsePanel;
     switch (a.y_type) {
-      case FloatType::f32: finish_outputs<float>(a, row + i, n, load(line)); break;
-      case FloatType::bf16: finish_outputs<bf16>(a, row + i, n, load(line)); break;
-      case FloatType::f16: finish_outputs<f16>(a, row + i, n, load(line)); break;
+      case FloatType::f32: finish_outputs<float>(a, row + i, n, w.n, load(line)); break;
+      case FloatType::bf16: finish_outputs<bf16>(a, row + i, n, w.n, load(line)); break;
+      case FloatType::f16: finish_outputs<f16>(a, row + i, n, w.n, load(line)); break;
     }
   }
 }
@@ -110,8 +102,10 @@ void run_expand(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
 
 namespace ow {
 
-const SparseGemmKernel sparse_gemm_expand_avx512 = {avx512::run_expand, 0};
-const SparseGemmKernel sparse_gemm_tokens_avx512 = {avx512::run_tokens, avx512::kWidest};
-const SampledGemmKernel sampled_gemm_avx512 = {avx512::run_sampled, avx512::kWidest};
+const SparseGemmKernel sparse_gemm_expand_avx512 = {avx512::run_expand, avx512::prepare, 0};
+const SparseGemmKernel sparse_gemm_tokens_avx512 = {avx512::run_tokens, avx512::prepare,
+                                                    avx512::kWidest};
+const SampledGemmKernel sampled_gemm_avx512 = {avx512::run_sampled, avx512::prepare,
+                                               avx512::kWidest};
 
 }  // namespace ow

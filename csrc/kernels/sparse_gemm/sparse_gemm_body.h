@@ -17,6 +17,55 @@ namespace {
 constexpr int64_t kStepBytes = 32 * 1024;
 constexpr int64_t kWidest = 8 * kLanes < kMaxTokens ? 8 * kLanes : kMaxTokens;
 
+// Columns [begin, end) of kLanes rows of x from row `first` on, transposed to out [.., width].
+template <class T>
+OW_INLINE void transpose_rows(const SparseXArgs& a, int64_t first, int64_t begin, int64_t end,
+                              int64_t width, float* out) {
+  const T* x = static_cast<const T*>(a.x);
+  const int64_t rows = min_of(kLanes, a.m - first);
+  for (int64_t k = begin; k < end; k += kLanes) {
+    VecF square[kLanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) {
+      square[i] = set1(0.0f);
+      if (i < rows && k < a.k) square[i] = load_n(x + (first + i) * a.k + k, a.k - k);
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kLanes; ++j) store(out + (k + j) * width, square[j]);
+  }
+}
+
+template <class T>
+OW_INLINE void prepare_rows(const SparseXArgs& a, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(a.x);
+  for (int64_t k = begin; k < end; k += kLanes) {
+    for (int64_t i = 0; i < a.m; ++i) {
+      const VecF columns = k < a.k ? load_n(x + i * a.k + k, a.k - k) : set1(0.0f);
+      store(a.out + row_place(a.m, i, k), columns);
+    }
+  }
+}
+
+template <class T>
+OW_INLINE void prepare_typed(const SparseXArgs& a, int64_t begin, int64_t end) {
+  if (a.widest == 0) return prepare_rows<T>(a, begin, end);
+  for_each_token_panel(a.m, a.widest, [&](int64_t first, int64_t, int64_t width) {
+    float* panel = a.out + first * a.k_padded;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      transpose_rows<T>(a, first + i, begin, end, width, panel + i);
+    }
+  });
+}
+
+void prepare(const SparseXArgs& a, int64_t begin, int64_t end) {
+  switch (a.type) {
+    case FloatType::f32: return prepare_typed<float>(a, begin, end);
+    case FloatType::bf16: return prepare_typed<bf16>(a, begin, end);
+    case FloatType::f16: return prepare_typed<f16>(a, begin, end);
+  }
+}
+
 // A block's values as floats: where they lie, or decoded to `buffer`, once for all tokens.
 OW_INLINE const float* decode_block(const SparseGemmArgs& a, int64_t offset, const uint64_t* masks,
                                     float* buffer) {
@@ -67,27 +116,29 @@ OW_INLINE void prefetch_block(const SparsePattern& w, const void* values, int64_
 }
 
 template <class T>
+OW_INLINE void finish_outputs(const SparseGemmArgs& a, int64_t row, int64_t n, int64_t n_end,
+                              VecF value) {
+  const int64_t lanes = min_of(kLanes, n_end - n);
+  if (a.scales != nullptr) value = mul(value, load_n(a.scales + n, lanes));
+  if (a.bias != nullptr) value = add(value, load_n(static_cast<const T*>(a.bias) + n, lanes));
+  const int64_t at = row * a.w.n + n;
+  if (a.add != nullptr) value = add(value, load_n(static_cast<const T*>(a.add) + at, lanes));
+  store_n(static_cast<T*>(a.y) + at, value, lanes);
+}
+
+// Outputs [n_begin, n_end) of `rows` rows of y from `first` on, from tile [.., width].
+template <class T>
 OW_INLINE void finish_tile(const SparseGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t first,
                            int64_t rows, int64_t width, const float* tile) {
-  // A line of y and 16 of the tile at a time.
-  for (int64_t n = n_begin; n < n_end; n += 16) {
-    const int64_t outputs = min_of(16, n_end - n);
+  for (int64_t n = n_begin; n < n_end; n += kLanes) {
     const float* sums = tile + (n - n_begin) * width;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (first + i) * a.w.n + n;
-      float line[16];
-      for (int64_t r = 0; r < outputs; ++r) line[r] = sums[r * width + i];
-      for (int64_t r = 0; r < outputs; r += kLanes) {
-        const int64_t lanes = outputs - r;
-        VecF value = load_n(line + r, lanes);
-        if (a.scales != nullptr) value = mul(value, load_n(a.scales + n + r, lanes));
-        if (a.bias != nullptr) {
-          value = add(value, load_n(static_cast<const T*>(a.bias) + n + r, lanes));
-        }
-        if (a.add != nullptr) {
-          value = add(value, load_n(static_cast<const T*>(a.add) + at + r, lanes));
-        }
-        store_n(static_cast<T*>(a.y) + at + r, value, lanes);
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      VecF square[kLanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) square[r] = load(sums + r * width + i);
+      transpose(square);
+      for (int64_t t = 0; t < min_of(kLanes, rows - i); ++t) {
+        finish_outputs<T>(a, first + i + t, n, n_end, square[t]);
       }
     }
   }

@@ -20,6 +20,18 @@ void write_float(void* p, FloatType type, int64_t i, float value) {
   }
 }
 
+void prepare_rows(const SparseXArgs& a, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < a.m; ++i) {
+    for (int64_t k = begin; k < end; ++k) {
+      a.out[row_place(a.m, i, k)] = k < a.k ? read_float(a.x, a.type, i * a.k + k) : 0.0f;
+    }
+  }
+}
+
+float row_element(const float* rows, int64_t m, int64_t i, int64_t k) {
+  return rows[row_place(m, i, k)];
+}
+
 float read_value(const SparseGemmArgs& a, int64_t i) {
   switch (a.value_type) {
     case ValueType::f32: return static_cast<const float*>(a.values)[i];
@@ -50,12 +62,11 @@ void for_each_output(const SparsePattern& w, int64_t begin, int64_t end, const B
 }
 
 void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
-  const int64_t k_padded = k_padded_of(a.w);
   for (int64_t i = 0; i < a.m; ++i) {
     for_each_output(a.w, begin, end, [&](int64_t n, int64_t panel, int64_t r) {
       float sum = 0.0f;
       for_each_in_row(a.w, panel, r, [&](int64_t value, int64_t k) {
-        sum += read_value(a, value) * a.x[i * k_padded + k];
+        sum += read_value(a, value) * row_element(a.x, a.m, i, k);
       });
       if (a.scales != nullptr) sum *= a.scales[n];
       if (a.bias != nullptr) sum += read_float(a.bias, a.y_type, n);
@@ -67,12 +78,12 @@ void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
 }
 
 void run_sampled(const SampledGemmArgs& a, int64_t begin, int64_t end) {
-  const int64_t n_padded = a.w.panels * kSparsePanel;
-  const int64_t k_padded = k_padded_of(a.w);
   for_each_output(a.w, begin, end, [&](int64_t n, int64_t panel, int64_t r) {
     for_each_in_row(a.w, panel, r, [&](int64_t value, int64_t k) {
       float sum = 0.0f;
-      for (int64_t i = 0; i < a.m; ++i) sum += a.g[i * n_padded + n] * a.x[i * k_padded + k];
+      for (int64_t i = 0; i < a.m; ++i) {
+        sum += row_element(a.g, a.m, i, n) * row_element(a.x, a.m, i, k);
+      }
       a.grad[value] = sum;
     });
   });
@@ -80,7 +91,7 @@ void run_sampled(const SampledGemmArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const SparseGemmKernel sparse_gemm_rows_scalar = {run_rows, 0};
-const SampledGemmKernel sampled_gemm_scalar = {run_sampled, 0};
+const SparseGemmKernel sparse_gemm_rows_scalar = {run_rows, prepare_rows, 0};
+const SampledGemmKernel sampled_gemm_scalar = {run_sampled, prepare_rows, 0};
 
 }  // namespace ow
