@@ -177,12 +177,23 @@ def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path(
         "bench.png"
     ),
+    against: Annotated[
+        str | None,
+        typer.Option(help="Draw the time of sparse over this competitor's against the density."),
+    ] = None,
 ) -> None:
-    """Draw the roofline and the share of the roof against m."""
-    from bench.plot import draw
+    """Draw the roofline and the share of the roof against m, or where sparse beats dense."""
+    from bench.plot import draw, draw_crossover
 
     about, rows = _read(file)
-    draw(about, rows, output)
+    try:
+        if against is None:
+            draw(about, rows, output)
+        else:
+            draw_crossover(rows, against, output)
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error
     console.print(f"wrote {output}")
 
 

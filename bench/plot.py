@@ -1,4 +1,5 @@
-"""Two pictures of a result file: the roofline, and the share of the roof against m."""
+"""Pictures of a result file: the roofline, the share of the roof against m, and where sparse
+beats dense."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from bench.report import Row
 # A line of the second picture: rows that differ in m only.
 SERIES = (
     "op", "n", "k", "bits", "group_size", "compute", "symmetric", "dtype", "phase", "weights",
+    "density", "block", "format",
 )  # fmt: skip
 
 
@@ -77,6 +79,41 @@ def draw(machine: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
     right.set(xscale="log", ylim=(0, 1.1), xlabel="m", ylabel="share of the roof")
     right.axhline(1, color="0.6", lw=1)
     left.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_crossover(rows: Sequence[Row], dense: str, path: Path) -> None:
+    """Write the time of sparse over that of ``dense`` against the density: below 1, sparse wins.
+
+    One line for each m of each operator and format; a dashed one is the density itself, the time
+    of a kernel that did the stored work at the dense one's rate.
+
+    Raises:
+        ValueError: no row has a density and was compared with ``dense``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for row in rows:
+        params = row["params"]
+        if "density" in params and dense in row["speedup"]:
+            name = (row["op"], params.get("format"), params["m"])
+            lines.setdefault(name, []).append((params["density"], 1 / row["speedup"][dense]))
+    if not lines:
+        raise ValueError(f"bench: no row has a density and was compared with {dense}")
+    figure, axes = pyplot.subplots(figsize=(8, 6))
+    for (op, kind, m), points in lines.items():
+        densities, ratios = zip(*sorted(points), strict=True)
+        axes.plot(densities, ratios, "o-", ms=4, lw=1, label=f"{op} {kind} m={m}")
+    axes.plot([0, 1], [0, 1], "--", color="0.6", lw=1)
+    axes.axhline(1, color="0.6", lw=1)
+    axes.set(xlim=(0, 1), ylim=(0, None), xlabel="density", ylabel=f"time over that of {dense}")
+    axes.legend(fontsize=7, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -31,6 +31,7 @@ from bench.problem import (
     tolerance,
 )
 from bench.report import Row, matches, row_id
+from bench.sparse_problem import ColumnProblem, ProductProblem, SparseProblem
 from openwork.testing import CASES, Cost, OpCase, Workload
 from openwork.timing import MIN_ROUNDS, MIN_SECONDS, Contender, Times, interleave
 
@@ -40,8 +41,8 @@ MIN_SAMPLE_SECONDS = 2e-3
 # Weights walked through are this many times the last-level cache: even a cache that keeps some of
 # them by luck holds less than a quarter.
 COLD_CACHES = 4
-# Where that is more than this share of all memory (a virtual machine sees the whole cache of a large
-# host), contenders, of which there are up to 16, get so much each.
+# Where that is more than this share of all memory (a virtual machine sees the whole cache of a
+# large host), contenders, of which there are up to 16, get so much each.
 MEMORY_SHARE = 1 / 32
 # The read rate drifts by some 15 % during a run.
 MAX_READ_EXCESS = 1.2
@@ -118,15 +119,19 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-PROBLEMS = {
+AnyProblem = Problem | AttentionProblem | ProductProblem
+PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
+    "sparse_linear": (SparseProblem, ("m", "n", "k", "density")),
+    "block_sparse_linear": (SparseProblem, ("m", "n", "k", "density", "block")),
+    "active_linear": (ColumnProblem, ("m", "n", "k", "format", "group_size")),
     "decode_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
 }
 
 
-def _problem(item: Item, settings: Settings, floor: float) -> Problem | AttentionProblem:
+def _problem(item: Item, settings: Settings, floor: float) -> AnyProblem:
     kind, names = PROBLEMS[item.case.name]
-    problem: Problem | AttentionProblem = kind(
+    problem: AnyProblem = kind(
         **{name: item.params[name] for name in names},
         threads=settings.threads,
         cold_bytes=0 if item.params.get("hot", False) else settings.cold_bytes,
@@ -138,7 +143,7 @@ def _problem(item: Item, settings: Settings, floor: float) -> Problem | Attentio
 def _ready(
     competitor: Competitor,
     variant: Variant,
-    problem: Problem | AttentionProblem,
+    problem: AnyProblem,
     console: Console,
 ) -> Prepared | None:
     """The variant prepared and checked; None, with a message, when it cannot do it."""
@@ -158,7 +163,7 @@ def _ready(
 
 def _best_variant(
     competitor: Competitor,
-    problem: Problem | AttentionProblem,
+    problem: AnyProblem,
     console: Console,
     stack: ExitStack,
 ) -> tuple[Variant, Prepared] | None:

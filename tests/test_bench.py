@@ -28,6 +28,7 @@ from bench.problem import (
     check,
     tolerance,
 )
+from bench.sparse_problem import ColumnProblem, SparseProblem
 from openwork.cli import llama_cpp
 from openwork.testing import CASES
 from openwork.timing import Contender, interleave, summarize
@@ -209,6 +210,34 @@ def test_every_competitor_attends(competitor: Competitor, t: int, dtype: str) ->
             check(variant.label, prepared.output(), problem.reference, tolerance(variant.bits))
 
 
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("competitor", COMPETITORS["sparse_linear"], ids=lambda c: c.name)
+def test_every_competitor_multiplies_sparse_weights(competitor: Competitor, block: int) -> None:
+    for m in (1, 5):
+        problem = SparseProblem(
+            m=m, n=40, k=100, density=0.3, block=block, threads=1, cold_bytes=20000, batch=2
+        )
+        assert 0 < np.count_nonzero(problem.weight) < problem.weight.size
+        check_variants(competitor, problem)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "w4"])
+@pytest.mark.parametrize("competitor", COMPETITORS["active_linear"], ids=lambda c: c.name)
+def test_every_competitor_multiplies_all_columns(competitor: Competitor, kind: str) -> None:
+    problem = ColumnProblem(
+        m=1, n=40, k=128, format=kind, group_size=64, threads=1, cold_bytes=20000, batch=2
+    )
+    check_variants(competitor, problem)
+
+
+def check_variants(competitor: Competitor, problem: SparseProblem | ColumnProblem) -> None:
+    for variant in competitor.variants(problem):
+        prepared = variant.prepare()
+        for group in range(prepared.groups):
+            prepared.run(group)
+            check(variant.label, prepared.output(), problem.reference, tolerance(variant.bits))
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (onnxruntime, llama_cpp):
         monkeypatch.setattr(module, "find_spec", lambda _: None)
@@ -332,6 +361,16 @@ def test_compare_tells_noise_from_change() -> None:
 def test_plot_writes_a_picture(tmp_path: Path) -> None:
     rows = [make_row(1, 1e-4), make_row(4, 2e-4), make_row(1, 1e-4, bits=2)]
     plot.draw(MACHINE, rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_crossover_needs_a_density(tmp_path: Path) -> None:
+    rows = [make_row(1, 1e-4), make_row(1, 2e-4)]
+    with pytest.raises(ValueError, match="no row has a density"):
+        plot.draw_crossover(rows, "torch_fp32", tmp_path / "x.png")
+    for row, density in zip(rows, (0.5, 0.25), strict=True):
+        row["params"] = {**row["params"], "density": density}
+    plot.draw_crossover(rows, "torch_fp32", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

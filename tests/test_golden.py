@@ -11,6 +11,7 @@ from torch import Tensor
 
 import openwork
 from openwork import PackedWeight
+from openwork.packing import LOWBIT_LAYOUTS
 
 FOLDER = Path(__file__).with_name("golden")
 N, K, GROUP_SIZE = 33, 48, 32  # two panels, a padded k, a short last group
@@ -35,7 +36,7 @@ def _write(path: Path, bits: int) -> None:
     )
 
 
-@pytest.fixture(params=openwork.layouts())
+@pytest.fixture(params=LOWBIT_LAYOUTS)
 def golden(request: pytest.FixtureRequest) -> tuple[str, dict[str, Tensor]]:
     """A layout's tag and its file's arrays."""
     path = FOLDER / f"{request.param}.npz"

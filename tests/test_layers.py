@@ -52,7 +52,7 @@ INCLUDE_RULES = (
     (r"host/\w+_module\.cpp", rf"pybind11/.*|host/.*|core/.*|{STD}"),
     (r"host/.*", rf"host/.*|sys/mman\.h|{STD}"),
     (
-        r"testing/kernels_module\.cpp",
+        r"testing/(?:kernels_module\.cpp|\w+_kernels\.(?:cpp|h))",
         rf"pybind11/.*|testing/.*|kernels/(\w+)/\1\.h|core/.*|{STD}",
     ),
     (r"testing/.*", rf"testing/.*|immintrin\.h|{C_TYPES}"),

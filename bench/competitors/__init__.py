@@ -5,6 +5,8 @@ from __future__ import annotations
 from bench.competitors import (
     ggml,
     onnxruntime,
+    openwork_dense,
+    torch_csr,
     torch_dense,
     torch_int4,
     torch_int8_dynamic,
@@ -23,4 +25,7 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
         ggml.GGML,
     ),
     "decode_attention": (torch_sdpa.SDPA,),
+    "sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
+    "block_sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
+    "active_linear": (openwork_dense.DENSE, torch_dense.FP32, torch_dense.BF16),
 }

@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import linear
 
 from bench.problem import Competitor, Prepared, Problem, Variant
+from bench.sparse_problem import ProductProblem
 
 
-def _prepare(problem: Problem, dtype: torch.dtype) -> Prepared:
+def _prepare(problem: Problem | ProductProblem, dtype: torch.dtype) -> Prepared:
     x = torch.from_numpy(problem.x).to(dtype)
     weight = torch.from_numpy(problem.weight).to(dtype)
     weight_bytes = weight.nbytes

@@ -20,7 +20,7 @@ const LayoutInfo* layout_info(int64_t id) {
 
 const LayoutInfo* layout_for_bits(int64_t bits) {
   for (const LayoutInfo& info : kLayouts) {
-    if (info.bits == bits) return &info;
+    if (bits != 0 && info.bits == bits) return &info;
   }
   return nullptr;
 }

@@ -3,9 +3,12 @@
 #include <vector>
 
 #include "kernels/activations/activations.h"
+#include "kernels/active_gemv/active_gemv.h"
+#include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
+#include "kernels/sparse_gemm/sparse_gemm.h"
 
 namespace ow {
 
@@ -17,10 +20,14 @@ struct KernelName {
 std::vector<KernelName> kernel_names() {
   constexpr KernelName kAll[] = {
 #define OW_NAME(isa, key, max_m, fn) {#fn, Isa::isa},
-      OW_LOWBIT_GEMM_KERNELS(OW_NAME)       //
-      OW_QUANTIZE_KERNELS(OW_NAME)          //
-      OW_ACTIVATIONS_KERNELS(OW_NAME)       //
-      OW_DECODE_ATTENTION_KERNELS(OW_NAME)  //
+      OW_LOWBIT_GEMM_KERNELS(OW_NAME)        //
+      OW_QUANTIZE_KERNELS(OW_NAME)           //
+      OW_ACTIVATIONS_KERNELS(OW_NAME)        //
+      OW_DECODE_ATTENTION_KERNELS(OW_NAME)   //
+      OW_SPARSE_GEMM_KERNELS(OW_NAME)        //
+      OW_SAMPLED_GEMM_KERNELS(OW_NAME)       //
+      OW_BLOCK_SPARSE_GEMM_KERNELS(OW_NAME)  //
+      OW_ACTIVE_GEMV_KERNELS(OW_NAME)        //
 #undef OW_NAME
   };
   std::vector<KernelName> names;

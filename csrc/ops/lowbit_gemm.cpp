@@ -10,6 +10,7 @@ const LayoutInfo* check_layout(const char* op, int64_t layout) {
   const LayoutInfo* info = layout_info(layout);
   OW_CHECK(info != nullptr, op, ": layout must be one this build reads, got id ", layout,
            "; re-pack with openwork.pack_lowbit");
+  OW_CHECK(info->bits != 0, op, ": layout must be that of a low-bit weight, got ", info->text);
   return info;
 }
 

@@ -82,6 +82,34 @@ OW_INLINE VecI abs_bits(VecF a) {
   return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
 }
 
+OW_INLINE void transpose(VecF (&rows)[16]) {
+  __m512 pairs[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  __m512 fours[16];  // of rows i .. i + 3: columns c, c + 4, c + 8, c + 12
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_shuffle_f32x4(fours[c], fours[c + 4], 0x88);  // columns c, c + 8
+    const __m512 low2 = _mm512_shuffle_f32x4(fours[c + 8], fours[c + 12], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(fours[c], fours[c + 4], 0xdd);  // c + 4, c + 12
+    const __m512 high2 = _mm512_shuffle_f32x4(fours[c + 8], fours[c + 12], 0xdd);
+    rows[c].v = _mm512_shuffle_f32x4(low, low2, 0x88);
+    rows[c + 8].v = _mm512_shuffle_f32x4(low, low2, 0xdd);
+    rows[c + 4].v = _mm512_shuffle_f32x4(high, high2, 0x88);
+    rows[c + 12].v = _mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+}
+
 OW_INLINE float sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
 OW_INLINE int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
 OW_INLINE int32_t max_of_lanes(VecI a) { return _mm512_reduce_max_epi32(a.v); }

@@ -61,6 +61,8 @@ OW_INLINE VecF as_float(VecI a) { return {bits_to_float(uint32_t(a.v))}; }
 OW_INLINE VecI as_int(VecF a) { return {int32_t(float_to_bits(a.v))}; }
 OW_INLINE VecI abs_bits(VecF a) { return {int32_t(float_to_bits(a.v) & 0x7fffffff)}; }
 
+OW_INLINE void transpose(VecF (&)[1]) {}
+
 OW_INLINE float sum(VecF a) { return a.v; }
 OW_INLINE int32_t sum(VecI a) { return a.v; }
 OW_INLINE int32_t max_of_lanes(VecI a) { return a.v; }

@@ -15,10 +15,14 @@
 
 #include "core/layout.h"
 #include "kernels/activations/activations.h"
+#include "kernels/active_gemv/active_gemv.h"
+#include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
+#include "kernels/sparse_gemm/sparse_gemm.h"
 #include "testing/peaks.h"
+#include "testing/sparse_kernels.h"
 
 namespace py = pybind11;
 
@@ -114,6 +118,10 @@ std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table
   if (family == "quantize") return {OW_QUANTIZE_KERNELS(OW_ROW)};
   if (family == "activations") return {OW_ACTIVATIONS_KERNELS(OW_ROW)};
   if (family == "decode_attention") return {OW_DECODE_ATTENTION_KERNELS(OW_ROW)};
+  if (family == "sparse_gemm") return {OW_SPARSE_GEMM_KERNELS(OW_ROW)};
+  if (family == "sampled_gemm") return {OW_SAMPLED_GEMM_KERNELS(OW_ROW)};
+  if (family == "block_sparse_gemm") return {OW_BLOCK_SPARSE_GEMM_KERNELS(OW_ROW)};
+  if (family == "active_gemv") return {OW_ACTIVE_GEMV_KERNELS(OW_ROW)};
 #undef OW_ROW
   throw std::invalid_argument("unknown family " + family);
 }
@@ -371,4 +379,5 @@ PYBIND11_MODULE(_kernels, m) {
       py::arg("keys"), py::arg("values"), py::arg("scale"), py::arg("y"),
       "Writes y [b, queries, heads, d]; keys and values [b, kv_heads, n, d] may be strided, their "
       "last dimension contiguous.");
+  ow::bind_sparse_kernels(m);
 }

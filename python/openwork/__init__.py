@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from . import nn, ops
 from ._native import info, isa, kernels, layouts, set_isa
+from .ops.active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
+from .ops.block_sparse import compress_block_sparse, expand_block_sparse
 from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
-from .packing import PackedWeight
+from .ops.sparse import compress_sparse, expand_sparse, sparse_linear
+from .packing import BlockSparseWeight, ColumnWeight, PackedWeight, SparseWeight
 
 # These build on the names above.
 from . import checkpoint, models, quant  # isort: skip
@@ -20,9 +23,17 @@ from .models import generate, load
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockSparseWeight",
+    "ColumnWeight",
     "PackedWeight",
+    "SparseWeight",
+    "active_linear",
     "checkpoint",
+    "compress_block_sparse",
+    "compress_sparse",
     "evaluate",
+    "expand_block_sparse",
+    "expand_sparse",
     "generate",
     "info",
     "isa",
@@ -33,10 +44,14 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "pack_columns",
     "pack_lowbit",
+    "pack_lowbit_columns",
     "quant",
     "quantize_rows",
     "save",
     "set_isa",
+    "sparse_linear",
+    "unpack_columns",
     "unpack_lowbit",
 ]

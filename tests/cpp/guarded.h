@@ -58,7 +58,7 @@ class Guarded {
   template <class T>
   T* copy(const std::vector<T>& values) {
     T* at = empty<T>(values.size());
-    memcpy(at, values.data(), values.size() * sizeof(T));
+    if (!values.empty()) memcpy(at, values.data(), values.size() * sizeof(T));
     return at;
   }
 

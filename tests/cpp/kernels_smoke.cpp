@@ -50,6 +50,9 @@ int main() {
   check_quantize(&memory);
   check_activations(&memory);
   check_decode_attention(&memory);
+  check_sparse_gemm(&memory);
+  check_block_sparse_gemm(&memory);
+  check_active_gemv(&memory);
   check_team();
   printf("%d checks on tiers up to %s, %d failed\n", checks, isa_name(ow::detected_isa()),
          failures);

@@ -95,6 +95,9 @@ void check_lowbit_gemm(Guarded* memory);
 void check_quantize(Guarded* memory);
 void check_activations(Guarded* memory);
 void check_decode_attention(Guarded* memory);
+void check_sparse_gemm(Guarded* memory);
+void check_block_sparse_gemm(Guarded* memory);
+void check_active_gemv(Guarded* memory);
 void check_team();
 
 }  // namespace ow::testing

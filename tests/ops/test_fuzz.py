@@ -19,8 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from openwork.ops import pack_lowbit
 from openwork.testing import CASES, OpCase, Sample
+from openwork.testing.active import make_column_weight
+from openwork.testing.block_sparse import make_block_sparse_weight
 from openwork.testing.case import as_tuple
 from openwork.testing.lowbit import make_weight
+from openwork.testing.sparse import make_sparse_weight
 
 Draw = st.DrawFn
 Raw = tuple[Any, ...]
@@ -29,6 +32,7 @@ FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 BITS = st.sampled_from([2, 3, 4, 8])
 SIZES = st.integers(0, 5)
 HALVES = st.integers(1, 40)
+DENSITIES = st.sampled_from([0.0, 0.02, 0.5, 1.0])
 
 
 def _fuzz(max_examples: int) -> settings:
@@ -141,7 +145,57 @@ def _quantize_rows(draw: Draw) -> Sample:
     return Sample("fuzz", (_rows(draw, draw(st.integers(1, 150))),))
 
 
+def _terms(draw: Draw, x: Tensor, n: int) -> dict[str, Any]:
+    terms: dict[str, Any] = {}
+    if draw(st.booleans()):
+        terms["bias"] = _contiguous(draw, [n], x.dtype)
+    if draw(st.booleans()):
+        terms["add"] = _contiguous(draw, [*x.shape[:-1], n], x.dtype)
+    return terms
+
+
+def _sparse_linear(draw: Draw) -> Sample:
+    weight = make_sparse_weight(
+        draw(st.integers(1, 100)),
+        draw(st.integers(1, 300)),
+        draw(DENSITIES),
+        draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8])),
+        draw(st.integers(0, 9)),
+        draw(st.booleans()),
+    )
+    x = _rows(draw, weight.k)
+    return Sample("fuzz", (x, weight), _terms(draw, x, weight.n))
+
+
+def _block_sparse_linear(draw: Draw) -> Sample:
+    weight = make_block_sparse_weight(
+        draw(st.integers(1, 150)),
+        draw(st.integers(1, 300)),
+        draw(st.sampled_from([16, 32, 64])),
+        draw(DENSITIES),
+        draw(st.sampled_from([torch.float32, torch.bfloat16])),
+    )
+    x = _rows(draw, weight.k)
+    return Sample("fuzz", (x, weight), _terms(draw, x, weight.n))
+
+
+def _active_linear(draw: Draw) -> Sample:
+    k = draw(st.integers(1, 200))
+    weight = make_column_weight(
+        draw(st.integers(1, 600)),
+        k,
+        draw(st.sampled_from(["float32", "bfloat16", "w2", "w4", "w8"])),
+        draw(st.sampled_from([16, 32, 64, 128, k])),
+        draw(st.booleans()),
+    )
+    x = _rows(draw, k)
+    threshold = draw(st.sampled_from([0.0, 0.5, 4.0]))
+    return Sample("fuzz", (x, weight, threshold), _terms(draw, x, weight.n))
+
+
 _VALID = {
+    "active_linear": _active_linear,
+    "block_sparse_linear": _block_sparse_linear,
     "lowbit_linear": _lowbit_linear,
     "pack_lowbit": _pack_lowbit,
     "quantize_rows": _quantize_rows,
@@ -149,6 +203,7 @@ _VALID = {
     "rope": _rope,
     "rope_append": _rope_append,
     "silu_mul": _silu_mul,
+    "sparse_linear": _sparse_linear,
 }
 
 
@@ -216,7 +271,10 @@ def _damaged_tensor(draw: Draw, tensor: Tensor) -> Tensor:
             repeated = tensor.new_ones(shape).expand(tensor.shape)
             return draw(st.sampled_from([gaps, turned, repeated]))
         case _:
-            values = [255] if tensor.dtype == torch.uint8 else [float("nan"), float("inf"), 6e4]
+            values: list[float] = [float("nan"), float("inf"), 6e4]
+            if not tensor.is_floating_point():
+                integers = tensor.dtype != torch.bool
+                values = [-1, 1, torch.iinfo(tensor.dtype).max] if integers else [False, True]
             return torch.full_like(tensor, draw(st.sampled_from(values)))
 
 
@@ -248,7 +306,10 @@ def _damaged_calls(draw: Draw, name: str) -> Raw:
 
 
 # Conditions on values, which a fake does not have.
-_ON_VALUES = r"\w+: ((codes|zeros|ids) must be in 0 \.\.|scales must be finite)"
+_ON_VALUES = (
+    r"\w+: ((codes|zeros|ids|offsets|indices) must be in 0 \.\.|scales must be finite|"
+    r"indptr must rise|(nnz|blocks) must be the number)"
+)
 
 
 def _call(name: str, raw: Raw) -> tuple[Tensor, ...] | Exception:

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from .. import _native  # noqa: F401  loads the library the overloads are taken from
 from .activations import rms_norm, rope, rope_append, silu_mul
+from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .attention import decode_attention
+from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+from .sparse import compress_sparse, expand_sparse, sparse_linear
+from .sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
 
 __all__ = [
+    "active_linear",
+    "compress_block_sparse",
+    "compress_sparse",
     "decode_attention",
     "decoder_layers",
+    "expand_block_sparse",
+    "expand_sparse",
     "lowbit_embedding",
     "lowbit_linear",
+    "pack_columns",
     "pack_lowbit",
+    "pack_lowbit_columns",
     "quantize_rows",
     "rms_norm",
     "rope",
     "rope_append",
     "silu_mul",
+    "sparse_linear",
+    "sparse_linear_train",
+    "sparse_values_grad",
+    "transposed_pattern",
+    "unpack_columns",
     "unpack_lowbit",
 ]

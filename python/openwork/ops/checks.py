@@ -97,3 +97,32 @@ def check_result_rank(op: str, x: Tensor) -> None:
         x.dim() <= MAX_DIM,
         f"{op}: x must have at most {MAX_DIM} dimensions, got {x.dim()}",
     )
+
+
+def check_weight_size(op: str, n: int, k: int) -> None:
+    check(
+        n >= 1 and k >= 1,
+        f"{op}: weight must have at least one row and one column, got n = {n}, k = {k}",
+    )
+    check(
+        n < 2**31 and k < 2**31,
+        f"{op}: weight must have fewer than 2^31 rows and columns, got n = {n}, k = {k}",
+    )
+
+
+def check_linear_x(op: str, x: Tensor, k: int) -> None:
+    check_float(op, "x", x)
+    check(
+        x.dim() >= 1 and x.shape[-1] == k,
+        f"{op}: x must have last dimension k = {k} (from weight), got {list(x.shape)}",
+    )
+
+
+def linear_result(op: str, x: Tensor, n: int, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    """The result ``[..., n]`` of x ``[..., k]``, once bias and add fit it."""
+    if bias is not None:
+        check_operand(op, "bias", bias, x.dtype, [n])
+    check_result_rank(op, x)
+    if add is not None:
+        check_operand(op, "add", add, x.dtype, [*x.shape[:-1], n])
+    return x.new_empty((*x.shape[:-1], n))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._native import layouts
-from ..packing import PackedWeight, layout_for_bits
+from ..packing import LOWBIT_LAYOUTS, PackedWeight, layout_for_bits
 from .checks import (
     MAX_DIM,
     check,
@@ -296,6 +296,10 @@ def check_lowbit(
         0 <= layout < len(tags),
         f"{op}: layout must be one this build reads, got id {layout}; "
         "re-pack with openwork.pack_lowbit",
+    )
+    check(
+        tags[layout] in LOWBIT_LAYOUTS,
+        f"{op}: layout must be that of a low-bit weight, got {tags[layout]}",
     )
     bits = int(tags[layout][1])
     groups = _groups(op, n, k, group_size)

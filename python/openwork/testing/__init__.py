@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activations, attention, decoder, lowbit
+from . import activations, active, attention, block_sparse, decoder, lowbit, sparse, sparse_training
 from .case import Cost, OpCase, Reject, Sample, Workload
 
 CASES: tuple[OpCase, ...] = (
@@ -10,6 +10,10 @@ CASES: tuple[OpCase, ...] = (
     *activations.CASES,
     *attention.CASES,
     *decoder.CASES,
+    *sparse.CASES,
+    *sparse_training.CASES,
+    *block_sparse.CASES,
+    *active.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]

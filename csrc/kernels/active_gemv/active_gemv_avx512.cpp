@@ -1,0 +1,9 @@
+#include "kernels/active_gemv/active_gemv_body.h"
+
+namespace ow {
+
+void active_gemv_avx512(const ActiveGemvArgs& args, int64_t begin, int64_t end) {
+  avx512::run(args, begin, end);
+}
+
+}  // namespace ow

@@ -1,0 +1,238 @@
+"""Linear layers over sparse weights, and sums of terms that share one output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.active import active_linear
+from ..ops.sparse import compress_sparse, sparse_arguments, sparse_linear
+from ..ops.sparse_training import sparse_linear_train, transposed_pattern
+from ..packing import BlockSparseWeight, ColumnWeight, SparseWeight
+
+
+class SparseLinear(nn.Module):
+    """``y = x @ expand(weight).T + bias + add`` over a sparse weight.
+
+    The packed tensors are not parameters and not part of ``state_dict()``, as in
+    :class:`LowbitLinear`.
+
+    Args:
+        weight: from :func:`openwork.compress_sparse` or :func:`openwork.compress_block_sparse`.
+        bias: ``[n]``, dtype of the activations, or None.
+
+    Example:
+        >>> layer = openwork.nn.SparseLinear(openwork.compress_sparse(torch.eye(16, 32)))
+        >>> layer(torch.ones(2, 32)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self, weight: SparseWeight | BlockSparseWeight, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        # Decoding makes a hundred short calls a token: what does not change is looked up once.
+        self._arguments = sparse_arguments(weight)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.k
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.n
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""
+        overload, tensors, numbers = self._arguments
+        y: Tensor = overload(x, *tensors, self.bias, add, *numbers)
+        return y
+
+    def extra_repr(self) -> str:
+        w = self.weight
+        return (
+            f"in_features={w.k}, out_features={w.n}, density={w.density:.3g}, layout={w.layout!r}"
+        )
+
+
+class ActiveLinear(nn.Module):
+    """``y = sum over k with |x[k]| > threshold of x[k] * w[:, k]``, plus bias and add.
+
+    Args:
+        weight: from :func:`openwork.pack_columns` or :func:`openwork.pack_lowbit_columns`.
+        threshold: at least 0; see :func:`openwork.active_linear`.
+        bias: ``[n]``, dtype of the activations, or None.
+
+    Example:
+        >>> layer = openwork.nn.ActiveLinear(openwork.pack_columns(torch.ones(3, 4)), 0.5)
+        >>> layer(torch.tensor([1.0, 0.1, 2.0, 0.2])).tolist()
+        [3.0, 3.0, 3.0]
+    """
+
+    def __init__(self, weight: ColumnWeight, threshold: float, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.threshold = threshold
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.k
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.n
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""
+        return active_linear(x, self.weight, self.threshold, self.bias, add)
+
+    def extra_repr(self) -> str:
+        w = self.weight
+        return (
+            f"in_features={w.k}, out_features={w.n}, threshold={self.threshold:.3g}, "
+            f"layout={w.layout!r}"
+        )
+
+
+class LowRankLinear(nn.Module):
+    """``y = scale * (x @ down.T) @ up.T + add``: a term of low rank.
+
+    Args:
+        up: ``[n, r]`` float tensor, B of the papers.
+        down: ``[r, k]``, A.
+        scale: ``alpha / r``, or 1.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.up = nn.Parameter(up)
+        self.down = nn.Parameter(down)
+        self.scale = scale
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is what the product starts from."""
+        n, r = self.up.shape
+        rows = nn.functional.linear(x, self.down).reshape(-1, r)
+        if add is None:
+            y = self.scale * (rows @ self.up.T)
+        else:
+            y = torch.addmm(add.reshape(-1, n), rows, self.up.T, alpha=self.scale)
+        return y.view(*x.shape[:-1], n)
+
+    def extra_repr(self) -> str:
+        n, r = self.up.shape
+        return f"in_features={self.down.shape[1]}, out_features={n}, rank={r}"
+
+
+class SumLinear(nn.Module):
+    """``y = sum of terms(x)``: a weight that is a sum of weights.
+
+    Each term adds to the output of the one before as it writes its own, so a sum has no pass of its
+    own over y. Quantized + sparse outliers is ``SumLinear([LowbitLinear(...), SparseLinear(...)])``
+    (SpQR, arXiv:2306.03078); sparse + low rank ends in a :class:`LowRankLinear` (SLTrain,
+    arXiv:2406.02214); a dense ``nn.Linear`` may come first, a sparse delta after it (DARE,
+    arXiv:2311.03099).
+
+    Args:
+        terms: modules, at least one; all but the first are called as ``term(x, add=y)``.
+
+    Example:
+        >>> base = torch.nn.Linear(32, 16)
+        >>> delta = openwork.nn.SparseLinear(openwork.compress_sparse(torch.eye(16, 32)))
+        >>> openwork.nn.SumLinear([base, delta])(torch.ones(2, 32)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(self, terms: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        if len(self.terms) == 0:
+            raise ValueError("SumLinear: terms must hold at least one module, got none")
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is one more term."""
+        y = add
+        for term in self.terms:
+            y = term(x) if y is None else term(x, add=y)
+        assert y is not None
+        return y
+
+
+class SparseLowRankLinear(nn.Module):
+    """``y = (alpha / r) * (x @ down.T) @ up.T + x @ S.T`` with S on a fixed support, for training.
+
+    SLTrain (arXiv:2406.02214): up, down and the values of S are trained; the gradient of S is the
+    dense gradient restricted to the support, and neither it nor the sum of the weights is ever made
+    as a dense matrix.
+
+    Args:
+        up: ``[n, r]`` float32.
+        down: ``[r, k]`` float32.
+        sparse: float32 S ``[n, k]``, from :func:`openwork.compress_sparse`.
+        alpha: of the scale ``alpha / r``.
+
+    Attributes:
+        values: parameter ``[nnz + 1024]``, the stored values of S; the last 1024 stay zero.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor, sparse: SparseWeight, alpha: float) -> None:
+        super().__init__()
+        self.up = nn.Parameter(up)
+        self.down = nn.Parameter(down)
+        self.values = nn.Parameter(sparse.values.clone())
+        self.scale = alpha / up.shape[1]
+        self._pattern = sparse
+        self._transposed, self._order = transposed_pattern(sparse)
+
+    @classmethod
+    def random(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        density: float = 0.03,
+        alpha: float = 32.0,
+        generator: torch.Generator | None = None,
+    ) -> SparseLowRankLinear:
+        """SLTrain's start: up 0, down Kaiming-uniform, S uniform in ``+-1/sqrt(k)``.
+
+        Example:
+            >>> layer = openwork.nn.SparseLowRankLinear.random(64, 32, rank=4)
+            >>> layer(torch.ones(2, 64)).shape
+            torch.Size([2, 32])
+        """
+        shape = (out_features, in_features)
+        bound = 1.0 / math.sqrt(in_features)
+        mask = torch.rand(shape, generator=generator) < density
+        values = (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
+        # Kaiming-uniform with a = sqrt(5), as torch's own linear: bound 1 / sqrt(fan in).
+        down = (2.0 * torch.rand(rank, in_features, generator=generator) - 1.0) * bound
+        return cls(torch.zeros(out_features, rank), down, compress_sparse(values, mask), alpha)
+
+    def sparse_weight(self) -> SparseWeight:
+        """S with its current values, for :class:`SparseLinear`."""
+        return replace(self._pattern, values=self.values.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``."""
+        if torch.is_grad_enabled():
+            y = sparse_linear_train(x, self.values, self._pattern, self._transposed, self._order)
+        else:
+            y = sparse_linear(x, self.sparse_weight())
+        n, r = self.up.shape
+        rows = nn.functional.linear(x, self.down).view(-1, r)
+        return torch.addmm(y.view(-1, n), rows, self.up.T, alpha=self.scale).view(y.shape)
+
+    def extra_repr(self) -> str:
+        n, r = self.up.shape
+        density = self._pattern.density
+        return (
+            f"in_features={self.down.shape[1]}, out_features={n}, rank={r}, density={density:.3g}"
+        )

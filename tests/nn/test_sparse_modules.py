@@ -1,0 +1,204 @@
+"""Sparse linear modules: sums of terms, and training restricted to a support."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import openwork
+from openwork.nn import (
+    ActiveLinear,
+    LowbitLinear,
+    LowRankLinear,
+    SparseLinear,
+    SparseLowRankLinear,
+    SumLinear,
+)
+from openwork.ops import sparse_linear_train, sparse_values_grad, transposed_pattern
+from openwork.testing.sparse import make_sparse_weight
+
+N, K = 48, 130
+
+
+def _sparse(density: float = 0.3) -> openwork.SparseWeight:
+    return make_sparse_weight(N, K, density, torch.float32)
+
+
+def _close(y: Tensor, want: Tensor) -> None:
+    """Within fp32 rounding of sums of some hundred terms of size 1 to 10."""
+    torch.testing.assert_close(y.double(), want.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_sparse_linear_is_its_weight_and_bias() -> None:
+    weight, bias, x = _sparse(), torch.randn(N), torch.randn(2, 3, K)
+    module = SparseLinear(weight, bias)
+    assert (module.in_features, module.out_features) == (K, N)
+    assert not module.state_dict().keys() - {"bias"}
+    _close(module(x), x @ openwork.expand_sparse(weight).T + bias)
+    add = torch.randn(2, 3, N)
+    _close(module(x, add), module(x) + add)
+    assert "density=0." in repr(module)
+
+
+def test_block_sparse_linear_is_its_weight() -> None:
+    dense = torch.randn(N, K)
+    weight = openwork.compress_block_sparse(dense, block=16)
+    x = torch.randn(5, K)
+    _close(SparseLinear(weight)(x), x @ dense.T)
+
+
+def test_active_linear_skips_small_activations() -> None:
+    dense, x = torch.randn(N, K), torch.randn(K)
+    module = ActiveLinear(openwork.pack_columns(dense), 0.6)
+    _close(module(x), dense @ torch.where(x.abs() > 0.6, x, 0.0))
+
+
+def test_quantized_and_sparse_outliers() -> None:
+    """SpQR: the largest weights are kept apart, the rest is quantized without them."""
+    dense = torch.randn(N, K)
+    dense[::5, ::7] *= 20.0
+    outliers = dense.abs() > 6.0
+    q = openwork.quant.rtn(torch.where(outliers, 0.0, dense), bits=4, group_size=32)
+    packed = openwork.pack_lowbit(q.codes, q.scales, q.zeros, bits=4, group_size=32)
+    remainder = torch.where(outliers, dense - q.dequantize(), 0.0)
+    module = SumLinear(
+        [LowbitLinear(packed, compute="float"), SparseLinear(openwork.compress_sparse(remainder))]
+    )
+    x = torch.randn(7, K)
+    _close(module(x), x @ (q.dequantize() + remainder).T)
+    plain = openwork.quant.rtn(dense, bits=4, group_size=32).dequantize()
+    assert (module(x) - x @ dense.T).norm() < 0.5 * (x @ (plain - dense).T).norm()
+
+
+def test_sparse_and_low_rank() -> None:
+    weight, up, down = _sparse(), torch.randn(N, 4), torch.randn(4, K)
+    module = SumLinear([SparseLinear(weight), LowRankLinear(up, down, 0.5)])
+    for x in (torch.randn(7, K), torch.randn(K), torch.randn(2, 3, K)):
+        _close(module(x), x @ (openwork.expand_sparse(weight) + 0.5 * up @ down).T)
+
+
+def test_dense_and_sparse_delta() -> None:
+    """DARE: a tenth of a fine-tuned model's difference, ten times as large."""
+    base = torch.nn.Linear(K, N)
+    delta = 0.01 * torch.randn(N, K)
+    kept = torch.rand(N, K) < 0.1
+    module = SumLinear([base, SparseLinear(openwork.compress_sparse(10 * delta, kept))])
+    x = torch.randn(7, K)
+    with torch.no_grad():
+        _close(module(x), base(x) + x @ (10 * delta * kept).T)
+
+
+def test_a_sum_adds_its_own_add_once() -> None:
+    module = SumLinear([SparseLinear(_sparse()), SparseLinear(_sparse(0.1))])
+    x, add = torch.randn(3, K), torch.randn(3, N)
+    _close(module(x, add=add), module(x) + add)
+
+
+def test_a_sum_needs_a_term() -> None:
+    with pytest.raises(ValueError, match="^SumLinear: terms must hold at least one module"):
+        SumLinear([])
+
+
+def test_sum_compiles_without_graph_breaks() -> None:
+    torch._dynamo.reset()
+    module = SumLinear(
+        [SparseLinear(_sparse()), LowRankLinear(torch.randn(N, 2), torch.ones(2, K))]
+    )
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, K)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_transposed_pattern_finds_every_value() -> None:
+    weight = _sparse()
+    transposed, order = transposed_pattern(weight)
+    assert torch.equal(openwork.expand_sparse(transposed), openwork.expand_sparse(weight).T)
+    assert sorted(order.tolist()) == list(range(weight.nnz + 1024))
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_gradients_are_the_dense_ones_on_the_support(isa: str, threads: int, m: int) -> None:
+    weight = _sparse()
+    dense = openwork.expand_sparse(weight).requires_grad_()
+    mask = dense.detach() != 0
+    x = torch.randn(m, K, requires_grad=True)
+    g = torch.randn(m, N)
+    (x @ dense.T).backward(g)
+    want_x, want_w = x.grad, dense.grad
+    assert want_x is not None
+    assert want_w is not None
+    x.grad = None
+    values = weight.values.clone().requires_grad_()
+    sparse_linear_train(x, values, weight, *transposed_pattern(weight)).backward(g)
+    assert x.grad is not None
+    assert values.grad is not None
+    _close(x.grad, want_x)
+    assert (values.grad[weight.nnz :] == 0).all()
+    grad = openwork.SparseWeight(
+        weight.masks, weight.offsets, values.grad, None, weight.layout, N, K
+    )
+    _close(openwork.expand_sparse(grad), want_w * mask)
+
+
+def test_gradient_check_in_small() -> None:
+    """Finite differences of the product, which is linear in x and in the values."""
+    weight = make_sparse_weight(5, 9, 0.5, torch.float32)
+    pattern = transposed_pattern(weight)
+    x, g = torch.randn(3, 9), torch.randn(3, 5)
+
+    def loss(values: Tensor) -> Tensor:
+        return (sparse_linear_train(x, values, weight, *pattern) * g).sum()
+
+    grad = sparse_values_grad(g, x, weight)
+    for i in range(weight.nnz):
+        step = torch.zeros_like(weight.values)
+        step[i] = 1.0
+        slope = loss(weight.values + step) - loss(weight.values)
+        assert abs(slope - grad[i]) < 1e-4
+
+
+def test_sparse_low_rank_layer_learns_on_its_support() -> None:
+    layer = SparseLowRankLinear.random(K, N, rank=4, density=0.1)
+    target = torch.randn(N, K) / K**0.5
+    before = layer.values.detach().clone()
+    masks = layer.sparse_weight().masks.clone()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        x = torch.randn(64, K)
+        loss = (layer(x) - x @ target.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = layer.sparse_weight()
+    assert torch.equal(after.masks, masks)
+    assert (after.values[after.nnz :] == 0).all()
+    assert not torch.equal(after.values, before)
+
+
+def test_sparse_low_rank_layer_is_the_sum_of_its_weights() -> None:
+    layer = SparseLowRankLinear.random(K, N, rank=4, density=0.1, alpha=8.0)
+    with torch.no_grad():
+        layer.up.normal_()
+        w = 2.0 * layer.up @ layer.down + openwork.expand_sparse(layer.sparse_weight())
+        x = torch.randn(2, 3, K)
+        _close(layer(x), x @ w.T)
+    _close(layer(x).detach(), x @ w.T)
+    assert "rank=4" in repr(layer)
+
+
+def test_training_compiles_without_graph_breaks() -> None:
+    torch._dynamo.reset()
+    layer = SparseLowRankLinear.random(K, N, rank=4, density=0.1)
+    x = torch.randn(6, K)
+    layer(x).square().sum().backward()
+    assert layer.values.grad is not None
+    want = layer.values.grad.clone()
+    layer.zero_grad()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    assert layer.values.grad is not None
+    torch.testing.assert_close(layer.values.grad, want)
