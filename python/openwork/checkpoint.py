@@ -187,7 +187,7 @@ def _shared_in_file(values: Mapping[str, Any], where: str) -> bool:
 
 def _is_linear(name: str, config: LlamaConfig) -> bool:
     """Whether a parameter is the weight of a linear (and not the embedding, a norm or a bias)."""
-    linears = ("head", *linear_parts(config))
+    linears = ("head", *linear_parts(config, 0))
     return any(name.endswith(f"{linear}.weight") for linear in linears)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from openwork.models.config import Llama3Rope, LlamaConfig
+from openwork.models.config import LayerShape, Llama3Rope, LlamaConfig
 from openwork.models.generation import generate
 from openwork.models.gguf import load_gguf
 from openwork.models.hf import load_hf, read_json
@@ -16,6 +16,7 @@ from openwork.models.tokenizer import Tokenizer
 __all__ = [
     "DenseLinear",
     "KVCache",
+    "LayerShape",
     "Llama",
     "Llama3Rope",
     "LlamaConfig",
