@@ -12,7 +12,7 @@ from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .packing import PackedWeight
 
 # These build on the names above.
-from . import checkpoint, models, quant  # isort: skip
+from . import checkpoint, models, prune, quant  # isort: skip
 from .checkpoint import save
 from .evaluation import evaluate
 from .models import generate, load
@@ -34,6 +34,7 @@ __all__ = [
     "nn",
     "ops",
     "pack_lowbit",
+    "prune",
     "quant",
     "quantize_rows",
     "save",
