@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from openwork.ops.lowbit import Compute
 from openwork.prune.flap import flap
 from openwork.prune.llm_pruner import llm_pruner
-from openwork.prune.magnitude import magnitude
 from openwork.prune.masks import NM, Pattern, Unstructured
+from openwork.prune.methods import METHODS, Method
 from openwork.prune.pruned import PrunedTensor
 from openwork.prune.report import LinearReport, PruningReport, describe, describe_removed
 from openwork.prune.sparsegpt import sparsegpt
 from openwork.prune.storage import install
-from openwork.prune.wanda import wanda
 from openwork.quant.calibration import InputSecondMoment, calibrate
 from openwork.quant.grid import Grid, QuantizedTensor, resolve_group_size
 from openwork.quant.hessian import output_error
@@ -31,16 +30,6 @@ from openwork.quant.model import model_bytes
 if TYPE_CHECKING:
     from openwork.models import Llama
 
-# From a weight [n, k], the second moment [k, k] of its inputs (empty without calibration) and a
-# pattern.
-Method: TypeAlias = Callable[[Tensor, Tensor, Pattern], PrunedTensor]
-
-# Adding an algorithm is adding a function here; :func:`prune_model` also takes one as it is.
-METHODS: dict[str, Method] = {
-    "magnitude": lambda weight, moment, pattern: magnitude(weight, pattern),
-    "wanda": lambda weight, moment, pattern: wanda(weight, moment.diagonal(), pattern),
-    "sparsegpt": sparsegpt,
-}
 # These remove whole heads and channels, which no mask of one linear can say.
 STRUCTURED = ("flap", "llm_pruner")
 
