@@ -19,6 +19,7 @@ from openwork.prune import (
     PrunedTensor,
     Unstructured,
     global_magnitude,
+    magnitude,
     prune_model,
     sparsegpt,
     wanda,
@@ -115,6 +116,15 @@ def test_a_function_of_ones_own() -> None:
     report = prune_model(dense, every_other, sparsity=0.5, calibration=tokens(), progress=False)
     assert report.sparsity == 0.5
     assert not dense.layers[2].mlp.gate_up.weight[:, 1::2].any()
+
+
+def test_a_function_of_ones_own_may_do_without_data() -> None:
+    def smallest(weight: Tensor, moment: Tensor, pattern: Pattern) -> PrunedTensor:
+        assert list(moment.shape) == [0]
+        return magnitude(weight, pattern)
+
+    dense = model()
+    assert prune_model(dense, smallest, pattern="2:4", progress=False).sparsity == 0.5
 
 
 def test_with_a_grid_the_linears_are_low_bit_and_sparse() -> None:

@@ -13,8 +13,7 @@ from openwork.prune.pruned import PrunedTensor
 from openwork.prune.sparsegpt import sparsegpt
 from openwork.prune.wanda import wanda
 
-# From a weight [n, k], the second moment [k, k] of its inputs (empty without calibration) and a
-# pattern.
+# From a weight [n, k], the second moment [k, k] of its inputs ([0] without calibration), a pattern.
 Method: TypeAlias = Callable[[Tensor, Tensor, Pattern], PrunedTensor]
 
 # Adding an algorithm is adding a function here; prune_model and evopress also take one as it is.

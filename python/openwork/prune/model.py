@@ -53,8 +53,8 @@ def prune_model(
         model: dense.
         method: ``"magnitude"`` (no data needed), ``"wanda"``, ``"sparsegpt"``; ``"flap"`` or
             ``"llm_pruner"``, which make the model smaller; or a function of a weight ``[n, k]``,
-            the second moment ``[k, k]`` of its inputs and a pattern, which returns a
-            :class:`PrunedTensor`.
+            the second moment ``[k, k]`` of its inputs (``[0]`` without calibration) and a pattern,
+            which returns a :class:`PrunedTensor`.
         pattern: ``"N:M"`` or ``"V:N:M"``; see :class:`NM`.
         sparsity: in place of a pattern, the share of weights to remove, the same for every linear
             or by name (:func:`global_magnitude` and :func:`evopress` give such shares). For
@@ -74,6 +74,13 @@ def prune_model(
         ValueError: an unknown method or pattern, a combination that is not computed, bad
             calibration tokens, or a model that is not dense.
         FormatError, OSError: a ``resume_dir`` that is damaged or cannot be written.
+
+    Example:
+        >>> from openwork.models import Llama, LlamaConfig
+        >>> model = Llama(LlamaConfig("llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=2,
+        ...                           heads=4, kv_heads=2, head_dim=8, context_length=128))
+        >>> prune_model(model, "magnitude", pattern="2:4", progress=False).sparsity
+        0.5
     """
     bytes_before = model_bytes(model)
     _check(model, method, grid, calibration)
@@ -268,7 +275,7 @@ def _check(
         raise ValueError(
             f"prune_model: method must be a function or one of {', '.join(known)}, got {method!r}"
         )
-    if calibration is None and method != "magnitude":
+    if calibration is None and isinstance(method, str) and method != "magnitude":
         raise ValueError(f"prune_model: calibration must be token ids for {method!r}, got None")
     if grid is not None and method != "sparsegpt":
         raise ValueError(f"prune_model: grid must be None for {method!r}; 'sparsegpt' takes one")
