@@ -100,6 +100,21 @@ def test_training_beats_pruning_alone() -> None:
     assert entropy[0] < entropy[1]
 
 
+def test_a_pruned_model_follows_the_dense_one() -> None:
+    text, teacher, pruned = tokens(4, 24), model(layers=2), model(layers=2)
+    prune_model(pruned, "sparsegpt", pattern="2:4", calibration=text, progress=False)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    options: dict[str, Any] = {"steps": 20, "learning_rate": 3e-3, "progress": False}
+    report = sr_ste(pruned, text, NM(2, 4), teacher=teacher, **options)
+    # The first mask is the one it came with, and its distance to the teacher counts.
+    alone = model(layers=2)
+    prune_model(alone, "sparsegpt", pattern="2:4", calibration=text, progress=False)
+    assert report.losses[0] > sr_ste(alone, text, NM(2, 4), **options).losses[0]
+    assert sum(report.losses[-4:]) < sum(report.losses[:4])
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_training_repeats() -> None:
     (first, losses), (second, again) = _trained(steps=3), _trained(steps=3)
     assert losses == again

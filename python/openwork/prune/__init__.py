@@ -13,7 +13,7 @@ from openwork.prune.evopress import Allocation, Stage, evopress
 from openwork.prune.flap import InputFluctuation, flap
 from openwork.prune.llm_pruner import llm_pruner
 from openwork.prune.magnitude import global_magnitude, magnitude
-from openwork.prune.masks import NM, Pattern, Unstructured
+from openwork.prune.masks import NM, Pattern, Unstructured, keep_layer, keep_nm, keep_rows
 from openwork.prune.methods import METHODS, Method
 from openwork.prune.model import STRUCTURED, prune_model
 from openwork.prune.pruned import PrunedTensor
@@ -45,6 +45,9 @@ __all__ = [
     "evopress",
     "flap",
     "global_magnitude",
+    "keep_layer",
+    "keep_nm",
+    "keep_rows",
     "llm_pruner",
     "magnitude",
     "prune_model",

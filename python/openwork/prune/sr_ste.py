@@ -9,7 +9,7 @@ The gradient passes the mask as if it were not there ("straight through"), so th
 can come back, and ``decay`` pulls them towards 0, so that the mask comes to rest.
 
 The loss is the next token's cross entropy plus SquareHead: with ``h_l`` and ``t_l`` the residual
-stream after layer ``l`` of the model and of the dense model it started as::
+stream after layer ``l`` of the model and of a teacher, usually the dense model::
 
     loss = CE + mean over l of  |h_l - t_l|^2 / |t_l|^2
 
@@ -111,6 +111,7 @@ def sr_ste(
     pattern: NM,
     *,
     steps: int,
+    teacher: Llama | None = None,
     learning_rate: float = 1e-4,
     decay: float = 2e-4,
     batch: int = 1,
@@ -128,6 +129,8 @@ def sr_ste(
             from the start.
         pattern: of the final weights.
         steps: updates, 1 or more.
+        teacher: the dense model, if ``model`` was pruned already (to its largest weights, which the
+            first mask then keeps). None: ``model`` as it is.
         learning_rate: the highest.
         decay: what pulls removed weights towards 0.
         batch: samples of a step.
@@ -143,8 +146,9 @@ def sr_ste(
             dense.
     """
     _check(model, samples, steps, batch, warm_up)
-    # A model of its own, on the same tensors.
-    teacher = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    if teacher is None:
+        # A model of its own, on the same tensors.
+        teacher = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     with _trainable(model, pattern, decay) as weights:
         optimizer = torch.optim.Adam(weights.values(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
