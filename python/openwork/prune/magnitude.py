@@ -45,12 +45,15 @@ def magnitude(weight: Tensor, pattern: Pattern) -> PrunedTensor:
         [[0.0, -4.0, 0.0, 3.0]]
     """
     check_weight("magnitude", weight)
+    return PrunedTensor.of(weight, keep_largest(weight, pattern))
+
+
+def keep_largest(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The mask of :func:`magnitude`, ``[n, k]`` bool."""
     size = weight.float().abs()
     if isinstance(pattern, NM):
-        keep = keep_nm(size if pattern.vector == 1 else size.square(), pattern)
-    else:
-        keep = keep_layer(size, pattern.sparsity)
-    return PrunedTensor.of(weight, keep)
+        return keep_nm(size if pattern.vector == 1 else size.square(), pattern)
+    return keep_layer(size, pattern.sparsity)
 
 
 @torch.no_grad()

@@ -166,10 +166,15 @@ def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
     shared = padded.view(sets, pattern.vector, k).sum(1)
     # The filler of a short block loses against every score.
     shared = torch.nn.functional.pad(shared, (0, blocks * pattern.m - k), value=-torch.inf)
-    shared = shared.view(sets, blocks, pattern.m)
-    best = shared.argsort(dim=2, descending=True, stable=True)[..., : pattern.n]
-    keep = torch.zeros_like(shared, dtype=torch.bool).scatter_(2, best, True)
-    return keep.view(sets, -1)[:, :k].repeat_interleave(pattern.vector, dim=0)[:rows]
+    # How many of its block are ahead of each column, counted a column at a time over all blocks:
+    # for blocks of 4 a quarter of the time of a sort, for 32 half as much again.
+    columns = shared.view(sets, blocks, pattern.m).movedim(2, 0).contiguous()
+    ahead = torch.zeros(columns.shape, dtype=torch.uint8)
+    for i, column in enumerate(columns):
+        ahead[:i] += column > columns[:i]
+        ahead[i + 1 :] += column >= columns[i + 1 :]
+    keep = (ahead < pattern.n).movedim(0, 2).reshape(sets, -1)
+    return keep[:, :k].repeat_interleave(pattern.vector, dim=0)[:rows]
 
 
 def follows(keep: Tensor, pattern: NM) -> bool:

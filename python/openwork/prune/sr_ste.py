@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from openwork.prune.magnitude import magnitude
+from openwork.prune.magnitude import keep_largest, magnitude
 from openwork.prune.masks import NM
 from openwork.prune.report import LinearReport, describe
 from openwork.prune.storage import install
@@ -87,7 +87,7 @@ class SrSteLinear(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """``x [..., k] -> [..., n]``; ``add`` has the shape of the result."""
-        keep = magnitude(self.weight.detach(), self.pattern).keep
+        keep = keep_largest(self.weight.detach(), self.pattern)
         y = F.linear(x, straight_through(self.weight, keep, self.decay), self.bias)
         return y if add is None else y + add
 
