@@ -15,7 +15,7 @@ from .ops.sparse import compress_sparse, expand_sparse, sparse_linear
 from .packing import BlockSparseWeight, ColumnWeight, PackedWeight, SparseWeight
 
 # These build on the names above.
-from . import checkpoint, models, quant  # isort: skip
+from . import checkpoint, models, prune, quant  # isort: skip
 from .checkpoint import save
 from .evaluation import evaluate
 from .models import generate, load
@@ -47,6 +47,7 @@ __all__ = [
     "pack_columns",
     "pack_lowbit",
     "pack_lowbit_columns",
+    "prune",
     "quant",
     "quantize_rows",
     "save",

@@ -44,6 +44,7 @@ from openwork.pack_quantized import (
     schemes_to_config,
 )
 from openwork.quant.grid import QuantizedTensor
+from openwork.sparse_bitmask import is_sparse, load_sparse
 from openwork.tensorfile import write_tensors
 
 # What makes up a tokenizer and its chat format, for this and other libraries.
@@ -108,6 +109,8 @@ def load(
 ) -> Llama:
     """Load a model with "pack-quantized" linears; they become :class:`~openwork.nn.LowbitLinear`.
 
+    Also one with sparse weights (:mod:`openwork.sparse_bitmask`), which become dense.
+
     Everything is checked before it is used: names and shapes before any tensor is read, scales and
     zeros before a weight is built.
 
@@ -124,7 +127,10 @@ def load(
     path = directory / "config.json"
     values = read_json(path)
     config = config_from_hf(values, str(path))
-    schemes = schemes_from_config(Fields(values, str(path)).section("quantization_config"))
+    quantization = _quantization(Fields(values, str(path)))
+    if is_sparse(quantization):
+        return _with_tokenizer(load_sparse(directory, config, dtype), directory)
+    schemes = schemes_from_config(quantization)
     weights = SafetensorsWeights(directory)
     shared = _shared_in_file(values, str(path))
     dense: dict[str, tuple[Part, ...]] = {}
@@ -161,9 +167,19 @@ def load(
             model.register_module("embed", LowbitEmbedding(weight, dtype))
     model.load_state_dict(state, assign=True)
     model.tie_head()
+    return _with_tokenizer(model.eval().requires_grad_(False), directory)
+
+
+def _quantization(fields: Fields) -> Fields:
+    """What the file says about its weights, under the name that it has, or had in early files."""
+    early = "compression_config" in fields and "quantization_config" not in fields
+    return fields.section("compression_config" if early else "quantization_config")
+
+
+def _with_tokenizer(model: Llama, directory: Path) -> Llama:
     if (directory / "tokenizer.json").exists():
         model.tokenizer = tokenizer_from_file(directory / "tokenizer.json")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _shares_head(model: Llama) -> bool:
@@ -187,7 +203,7 @@ def _shared_in_file(values: Mapping[str, Any], where: str) -> bool:
 
 def _is_linear(name: str, config: LlamaConfig) -> bool:
     """Whether a parameter is the weight of a linear (and not the embedding, a norm or a bias)."""
-    linears = ("head", *linear_parts(config))
+    linears = ("head", *linear_parts(config, 0))
     return any(name.endswith(f"{linear}.weight") for linear in linears)
 
 

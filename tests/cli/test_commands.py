@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.checkpoints import random_model, write_directory, write_tokenizer
 
 import openwork
 from openwork import models
@@ -64,6 +65,46 @@ def test_compress_writes_what_eval_and_generate_run(
     assert result["kl"] > 0
     assert 0 <= result["agreement"] <= 1
     assert run("generate", out, "--prompt", "the", "--max-new-tokens", 3).startswith("the")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--prune", "magnitude", "--sparsity", 0.5), ("--prune", "wanda", "--pattern", "4:8"),
+     ("--prune", "sparsegpt", "--pattern", "16:2:4"),
+     ("--prune", "sparsegpt", "--pattern", "2:4", "--bits", 4, "--group-size", 32)],
+)  # fmt: skip
+def test_compress_prunes(
+    run: Run, directory: Path, text_file: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    out = tmp_path / "out"
+    data = ("--calibration", text_file, "--samples", 4, "--length", 24)
+    report = run("compress", directory, out, *options, *data, "--dtype", "float32")
+    assert "weights removed from the layers │ 50.0%" in report
+    assert "gate_up" in report
+    loaded = models.load(out)
+    down = loaded.layers[1].mlp.down
+    if "--bits" in options:
+        assert isinstance(down, LowbitLinear)
+    else:
+        zeros = (down.weight == 0).float().mean()
+        assert float(zeros) == pytest.approx(0.5, abs=0.05)
+    shown = run("eval", out, "--reference", directory, "--text", text_file, "--json")
+    assert json.loads(shown)["kl"] > 0
+
+
+@pytest.mark.parametrize("method", ["flap", "llm_pruner"])
+def test_compress_shrinks_a_model(run: Run, text_file: Path, tmp_path: Path, method: str) -> None:
+    source = write_directory(random_model(heads=6, kv_heads=3, layers=6), tmp_path / "dense")
+    write_tokenizer(source / "tokenizer.json")
+    options = ("--prune", method, "--sparsity", 0.2, "--samples", 4, "--length", 24)
+    run("compress", source, tmp_path / "out", *options, "--calibration", text_file)
+    assert models.load(tmp_path / "out").config.layer_shapes
+    small, large = (
+        (folder / "model.safetensors").stat().st_size for folder in (tmp_path / "out", source)
+    )
+    assert small < 0.5 * large  # bfloat16, and less of it
+    shown = run("generate", tmp_path / "out", "--prompt", "the", "--max-new-tokens", 3)
+    assert shown.startswith("the")
 
 
 def test_compress_resumes_to_the_same_result(

@@ -131,6 +131,25 @@ def test_bad_compress_options(
     assert says in refuse("compress", tmp_path, tmp_path / "out", *options, code=USAGE)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--pattern", "2:4"), "--pattern and --sparsity need --prune"),
+        (("--prune", "wanda"), "--prune needs --pattern or --sparsity"),
+        (("--prune", "wanda", "--pattern", "2:4", "--sparsity", 0.5), "one of them"),
+        (("--prune", "flap", "--pattern", "2:4"), "--prune flap needs --sparsity"),
+        (("--prune", "wanda", "--pattern", "2:4", "--bits", 4), "wanda does not quantize"),
+        (("--prune", "wanda", "--pattern", "4:2"), "--pattern: NM: 1 <= n < m <= 32"),
+        (("--prune", "magic", "--sparsity", 0.5), "magic"),
+        (("--prune", "wanda", "--sparsity", 1.5), "--sparsity"),
+    ],
+)
+def test_bad_pruning_options(
+    refuse: Run, tmp_path: Path, options: tuple[object, ...], says: str
+) -> None:
+    assert says in refuse("compress", tmp_path, tmp_path / "out", *options, code=USAGE)
+
+
 def test_output_that_is_there(refuse: Run, gguf_file: Path, tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()

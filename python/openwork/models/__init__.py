@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from openwork.models.config import Llama3Rope, LlamaConfig
+from openwork.models.config import LayerShape, Llama3Rope, LlamaConfig
 from openwork.models.generation import generate
 from openwork.models.gguf import load_gguf
 from openwork.models.hf import load_hf, read_json
@@ -16,6 +16,7 @@ from openwork.models.tokenizer import Tokenizer
 __all__ = [
     "DenseLinear",
     "KVCache",
+    "LayerShape",
     "Llama",
     "Llama3Rope",
     "LlamaConfig",
@@ -30,7 +31,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
 
     Args:
         path: a GGUF file, or a directory with ``config.json``, ``model.safetensors`` (or shards and
-            their index) and ``tokenizer.json``; dense, or quantized by :mod:`openwork.checkpoint`.
+            their index) and ``tokenizer.json``; dense, quantized by :mod:`openwork.checkpoint`, or
+            sparse in a format of :mod:`openwork.sparse_bitmask`.
         dtype: of the weights and activations.
 
     Returns:
@@ -50,7 +52,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
     path = Path(path)
     if not path.is_dir():
         return load_gguf(path, dtype=dtype)
-    if read_json(path / "config.json").get("quantization_config") is None:
+    values = read_json(path / "config.json")
+    if all(values.get(key) is None for key in ("quantization_config", "compression_config")):
         return load_hf(path, dtype=dtype)
     from openwork import checkpoint  # here, since it is built on this package
 

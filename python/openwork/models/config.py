@@ -15,8 +15,10 @@ T = TypeVar("T")
 # The three differ in nothing else that this decoder computes.
 HF_FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
 
-# general.architecture of a GGUF file -> model_type. GGUF stores Mistral as "llama".
-GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}
+# Where config.json has the sizes of layers that differ, under the names of what they replace. Other
+# libraries do not know it, and refuse such a model for the shapes of its tensors.
+_LAYERS = "openwork_layers"
+_LAYER_SIZES = ("num_key_value_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Llama3Rope:
     low: float
     high: float
     original_length: int
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer from which heads or channels were removed.
+
+    Attributes:
+        kv_heads: key/value heads; each keeps all its query heads.
+        ffn_size: width of the feed-forward block.
+    """
+
+    kv_heads: int
+    ffn_size: int
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,13 @@ class LlamaConfig:
             ``head_dim / 2`` divisors of the frequencies (how GGUF stores the same thing).
         bos_id: first token of a text, or None where the model wants none.
         eos_ids: tokens that end a generation.
+        layer_shapes: of each layer, where they are not all the same; at least 1 and at most what
+            ``kv_heads`` and ``ffn_size`` say.
+        output_bias: the last linears of both blocks have a bias.
 
     Raises:
         ValueError: a size below 1, ``heads`` not a multiple of ``kv_heads``, an odd ``head_dim``,
-            or a constant that is not a positive finite number.
+            a constant that is not a positive finite number, or shapes of layers that do not fit.
     """
 
     family: str
@@ -80,6 +98,18 @@ class LlamaConfig:
     rope_scaling: Llama3Rope | tuple[float, ...] | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    layer_shapes: tuple[LayerShape, ...] = ()
+    output_bias: bool = False
+
+    def shape_of(self, layer: int) -> LayerShape:
+        """The sizes of one layer."""
+        if self.layer_shapes:
+            return self.layer_shapes[layer]
+        return LayerShape(self.kv_heads, self.ffn_size)
+
+    def heads_of(self, layer: int) -> int:
+        """The query heads of one layer."""
+        return self.shape_of(layer).kv_heads * (self.heads // self.kv_heads)
 
     def __post_init__(self) -> None:
         for name in (
@@ -92,6 +122,17 @@ class LlamaConfig:
             raise ValueError(
                 f"heads must be a multiple of kv_heads = {self.kv_heads}, got {self.heads}"
             )
+        if self.layer_shapes and len(self.layer_shapes) != self.layers:
+            raise ValueError(
+                f"layer_shapes must be none or {self.layers}, one a layer, "
+                f"got {len(self.layer_shapes)}"
+            )
+        for i, shape in enumerate(self.layer_shapes):
+            if not (1 <= shape.kv_heads <= self.kv_heads and 1 <= shape.ffn_size <= self.ffn_size):
+                raise ValueError(
+                    f"layer_shapes[{i}] must be of 1 .. {self.kv_heads} key heads and "
+                    f"1 .. {self.ffn_size} channels, got {shape.kv_heads} and {shape.ffn_size}"
+                )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         constants = {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps}
@@ -158,14 +199,15 @@ class Fields:
         return self._values.get(key) is not None
 
 
-def _checked(where: str, **fields: Any) -> LlamaConfig:
+def checked_config(where: str, **fields: Any) -> LlamaConfig:
+    """A configuration from a file; what it refuses is a FormatError that names ``where``."""
     try:
         return LlamaConfig(**fields)
     except (ValueError, OverflowError) as error:
         raise FormatError(f"{where}: a usable configuration expected, got: {error}") from error
 
 
-def _token_ids(fields: Fields, key: str) -> tuple[int, ...]:
+def token_ids(fields: Fields, key: str) -> tuple[int, ...]:
     """A token id, a list of them, or none at all."""
     if key not in fields:
         return ()
@@ -206,10 +248,11 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> LlamaConfig:
     if fields.get("use_sliding_window", bool, family != "qwen2") and "sliding_window" in fields:
         context = min(context, fields.get("sliding_window", int))
     # transformers 5 moved theta and the scaling into one section; before, they were apart.
+    layers = fields.section(_LAYERS)
     rope = fields.section("rope_parameters" if "rope_parameters" in fields else "rope_scaling")
     theta = rope.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
-    bos = _token_ids(fields, "bos_token_id")
-    return _checked(
+    bos = token_ids(fields, "bos_token_id")
+    return checked_config(
         where,
         family=family,
         vocab_size=fields.get("vocab_size", int),
@@ -226,8 +269,20 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> LlamaConfig:
         qkv_bias=HF_FAMILIES[family],
         rope_scaling=_rope_scaling(rope),
         bos_id=bos[0] if bos else None,
-        eos_ids=_token_ids(fields, "eos_token_id"),
+        eos_ids=token_ids(fields, "eos_token_id"),
+        layer_shapes=_layer_shapes(layers),
+        output_bias=layers.get("output_bias", bool, False),
     )
+
+
+def _layer_shapes(layers: Fields) -> tuple[LayerShape, ...]:
+    heads, sizes = (layers.get(key, list, []) for key in _LAYER_SIZES)
+    if len(heads) != len(sizes) or not all(type(size) is int for size in [*heads, *sizes]):
+        raise FormatError(
+            f"{layers.where}: {' and '.join(_LAYER_SIZES)} as equally many integers expected, "
+            f"got {heads!r} and {sizes!r}"
+        )
+    return tuple(map(LayerShape, heads, sizes))
 
 
 def _rope_scaling(rope: Fields) -> Llama3Rope | None:
@@ -266,7 +321,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
             "original_max_position_embeddings": config.rope_scaling.original_length,
         }
     architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.family]
-    return {
+    values = {
         "architectures": [f"{architecture}ForCausalLM"],
         "model_type": config.family,
         "hidden_act": "silu",
@@ -285,67 +340,11 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids),
     }
-
-
-def config_from_gguf(
-    metadata: Mapping[str, Any],
-    where: str,
-    *,
-    tied_head: bool,
-    rope_divisors: tuple[float, ...] | None,
-) -> LlamaConfig:
-    """Read the metadata of a GGUF file.
-
-    Args:
-        metadata: key -> value, as stored.
-        where: the file's name, for messages.
-        tied_head: the file has no ``output.weight``.
-        rope_divisors: the tensor ``rope_freqs.weight``, or None where the file has none.
-
-    Raises:
-        FormatError: an architecture or rope scaling this decoder does not compute, or a missing
-            or senseless value.
-    """
-    fields = Fields(metadata, where)
-    name = fields.get("general.architecture", str)
-    if name not in GGUF_FAMILIES:
-        known = ", ".join(GGUF_FAMILIES)
-        raise FormatError(f"{where}: general.architecture of {known} expected, got {name!r}")
-    scaling = fields.get(f"{name}.rope.scaling.type", str, "none")
-    experts = fields.get(f"{name}.expert_count", int, 0)
-    if scaling != "none" or experts:
-        raise FormatError(
-            f"{where}: rope scaling 'none' and no experts expected, got {scaling!r} and {experts}"
-        )
-    family = GGUF_FAMILIES[name]
-    heads = fields.get(f"{name}.attention.head_count", int)
-    hidden_size = fields.get(f"{name}.embedding_length", int)
-    head_dim = fields.get(f"{name}.attention.key_length", int, hidden_size // max(heads, 1))
-    rotated = fields.get(f"{name}.rope.dimension_count", int, head_dim)
-    if rotated != head_dim:
-        raise FormatError(
-            f"{where}: {name}.rope.dimension_count = head size {head_dim} expected, got {rotated}"
-        )
-    bos = _token_ids(fields, "tokenizer.ggml.bos_token_id")
-    eos = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot"))
-    return _checked(
-        where,
-        family=family,
-        vocab_size=fields.get(
-            f"{name}.vocab_size", int, len(fields.get("tokenizer.ggml.tokens", list, []))
-        ),
-        hidden_size=hidden_size,
-        ffn_size=fields.get(f"{name}.feed_forward_length", int),
-        layers=fields.get(f"{name}.block_count", int),
-        heads=heads,
-        kv_heads=fields.get(f"{name}.attention.head_count_kv", int, heads),
-        head_dim=head_dim,
-        context_length=fields.get(f"{name}.context_length", int),
-        rope_theta=fields.get(f"{name}.rope.freq_base", float, 10000.0),
-        norm_eps=fields.get(f"{name}.attention.layer_norm_rms_epsilon", float),
-        tied_head=tied_head,
-        qkv_bias=HF_FAMILIES[family],
-        rope_scaling=rope_divisors,
-        bos_id=bos[0] if bos else None,
-        eos_ids=tuple(dict.fromkeys(i for key in eos for i in _token_ids(fields, key))),
-    )
+    layers: dict[str, Any] = {}
+    if config.layer_shapes:
+        heads = [shape.kv_heads for shape in config.layer_shapes]
+        sizes = [shape.ffn_size for shape in config.layer_shapes]
+        layers |= dict(zip(_LAYER_SIZES, (heads, sizes), strict=True))
+    if config.output_bias:
+        layers["output_bias"] = True
+    return values | ({_LAYERS: layers} if layers else {})

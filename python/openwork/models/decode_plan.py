@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +21,9 @@ class DecodePlan:
 
     Attributes:
         layers: they.
-        usable: false if a linear is of another kind, or if a hook waits for a layer or a linear to
-            be called.
-        weights, linears: as :func:`openwork.ops.decoder_layers` takes them.
+        usable: false if a linear is of another kind, if layers differ in size, or if a hook waits
+            for a layer or a linear to be called.
+        weights, linears, heads: as :func:`openwork.ops.decoder_layers` takes them.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -29,13 +31,22 @@ class DecodePlan:
         self.usable = True
         self.weights: list[Tensor] = []
         self.linears: list[int] = []
+        self.heads = 0
+        sizes = set()
         for layer in layers:
             linears = [getattr(getattr(layer, block), name) for block, name in _LINEARS]
-            if any(type(linear) is not LowbitLinear for linear in linears) or any(
-                module._forward_hooks or module._forward_pre_hooks for module in (layer, *linears)
+            sizes.add((layer.heads, layer.kv_heads, linears[-1].in_features))
+            if (
+                len(sizes) > 1
+                or any(type(linear) is not LowbitLinear for linear in linears)
+                or any(
+                    module._forward_hooks or module._forward_pre_hooks
+                    for module in (layer, *linears)
+                )
             ):
                 self.usable = False
                 return
+            self.heads = cast(int, layer.heads)
             self.weights += [layer.get_parameter("attn_norm"), layer.get_parameter("mlp_norm")]
             for linear in linears:
                 tensors, numbers = lowbit_arguments(linear.weight, linear.compute)

@@ -29,7 +29,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
 from openwork.errors import FormatError
-from openwork.models.config import config_from_gguf
+from openwork.models.gguf_config import config_from_gguf
 from openwork.models.llama import Llama
 from openwork.models.tokenizer import tokenizer_from_gguf
 from openwork.models.weights import build

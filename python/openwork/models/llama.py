@@ -121,33 +121,36 @@ class DenseLinear(nn.Linear):
 class Attention(nn.Module):
     """The linears of an attention block; :class:`Layer` runs them."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        rows = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = DenseLinear(config.hidden_size, rows, bias=config.qkv_bias)
-        self.o = DenseLinear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        d, heads = config.hidden_size, config.heads_of(index)
+        rows = (heads + 2 * config.shape_of(index).kv_heads) * config.head_dim
+        self.qkv = DenseLinear(d, rows, bias=config.qkv_bias)
+        self.o = DenseLinear(heads * config.head_dim, d, bias=config.output_bias)
 
 
 class MLP(nn.Module):
     """The linears of a feed-forward block; :class:`Layer` runs them."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.gate_up = DenseLinear(config.hidden_size, 2 * config.ffn_size, bias=False)
-        self.down = DenseLinear(config.ffn_size, config.hidden_size, bias=False)
+        d, f = config.hidden_size, config.shape_of(index).ffn_size
+        self.gate_up = DenseLinear(d, 2 * f, bias=False)
+        self.down = DenseLinear(f, d, bias=config.output_bias)
 
 
 class Layer(nn.Module):
     """One decoder layer. Hooks belong on it or on its linears; nothing between is called."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.heads, self.kv_heads = config.heads_of(index), config.shape_of(index).kv_heads
+        self.head_dim = config.head_dim
         self.eps = config.norm_eps
         self.attn_norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.attn = Attention(config)
+        self.attn = Attention(config, index)
         self.mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, index)
 
     def forward(
         self,
@@ -218,10 +221,12 @@ class KVCache:
             )
         self.max_len, self.batch, self.length = max_len, batch, 0
         self.plan: DecodePlan | None = None
-        shape = (2, config.layers, batch, config.kv_heads, max_len, config.head_dim)
+        heads = [config.shape_of(index).kv_heads for index in range(config.layers)]
         with torch.inference_mode(False):  # so that it may be used in and out of that mode
-            keys, values = torch.empty(shape, dtype=dtype).unbind(0)
-            self.keys, self.values = keys.unbind(0), values.unbind(0)
+            whole = torch.empty(2, sum(heads), batch, max_len, config.head_dim, dtype=dtype)
+            self.keys, self.values = (
+                tuple(part.transpose(0, 1) for part in half.split(heads)) for half in whole
+            )
 
     def reserve(self, batch: int, t: int) -> None:
         """Check that ``t`` more tokens of ``batch`` sequences fit.
@@ -262,7 +267,7 @@ class Llama(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         self.head = DenseLinear(config.hidden_size, config.vocab_size, bias=False)
         self._cos, self._sin = torch.empty(0), torch.empty(0)
@@ -330,7 +335,7 @@ class Llama(nn.Module):
             if t <= _DECODE and plan.usable and not torch.is_grad_enabled():
                 x = ops.decoder_layers(
                     x, cos, sin, cache.keys, cache.values, start, plan.weights, plan.linears,
-                    self.config.heads, self.config.norm_eps,
+                    plan.heads, self.config.norm_eps,
                 )  # fmt: skip
             else:
                 for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):

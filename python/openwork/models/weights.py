@@ -38,8 +38,8 @@ class WeightSource(Protocol):
         """A tensor, in any floating-point dtype."""
 
 
-def linear_parts(config: LlamaConfig) -> dict[str, tuple[Part, ...]]:
-    """The fused linears of any one layer and the checkpoint's linears they are made of.
+def linear_parts(config: LlamaConfig, layer: int) -> dict[str, tuple[Part, ...]]:
+    """The fused linears of one layer and the checkpoint's linears they are made of.
 
     Returns:
         Our name within a layer -> parts ``(name within a layer, (rows, columns))``, to be stacked
@@ -48,11 +48,12 @@ def linear_parts(config: LlamaConfig) -> dict[str, tuple[Part, ...]]:
     Example:
         >>> config = LlamaConfig("llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=2,
         ...                      heads=4, kv_heads=2, head_dim=8, context_length=128)
-        >>> [part.name for part in linear_parts(config)["attn.qkv"]]
+        >>> [part.name for part in linear_parts(config, 0)["attn.qkv"]]
         ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj']
     """
-    d, f = config.hidden_size, config.ffn_size
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    d, shape = config.hidden_size, config.shape_of(layer)
+    q, kv = config.heads_of(layer) * config.head_dim, shape.kv_heads * config.head_dim
+    f = shape.ffn_size
     return {
         "attn.qkv": (
             Part("self_attn.q_proj", (q, d)),
@@ -75,16 +76,18 @@ def parameters(config: LlamaConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
     """
     d = config.hidden_size
     yield "embed.weight", (Part("model.embed_tokens.weight", (config.vocab_size, d)),)
-    linears = linear_parts(config)
+    biased = {"attn.qkv": config.qkv_bias} | dict.fromkeys(
+        ("attn.o", "mlp.down"), config.output_bias
+    )
     for i in range(config.layers):
         prefix = f"model.layers.{i}."
         yield f"layers.{i}.attn_norm", (Part(f"{prefix}input_layernorm.weight", (d,)),)
-        for name, parts in linears.items():
+        for name, parts in linear_parts(config, i).items():
             yield (
                 f"layers.{i}.{name}.weight",
                 tuple(Part(f"{prefix}{part.name}.weight", part.shape) for part in parts),
             )
-            if config.qkv_bias and name == "attn.qkv":
+            if biased.get(name):
                 yield (
                     f"layers.{i}.{name}.bias",
                     tuple(Part(f"{prefix}{part.name}.bias", part.shape[:1]) for part in parts),

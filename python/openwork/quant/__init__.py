@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from openwork.quant.calibration import InputSecondMoment, calibrate
 from openwork.quant.gptq import gptq
-from openwork.quant.grid import QuantizedTensor
+from openwork.quant.grid import Grid, QuantizedTensor
 from openwork.quant.model import LinearReport, QuantizationReport, model_bytes, quantize_model
 from openwork.quant.rtn import rtn
 
 __all__ = [
+    "Grid",
     "InputSecondMoment",
     "LinearReport",
     "QuantizationReport",

@@ -32,12 +32,8 @@ from openwork.quant.grid import (
     resolve_group_size,
     round_to_grid,
 )
+from openwork.quant.hessian import check_hessian, inverse_factor
 from openwork.quant.rtn import find_grid
-
-_DAMPING_GROWTH = 10.0
-# The factorisation of a positive semi-definite matrix succeeds long before its diagonal is a
-# hundred times its mean.
-_MAX_DAMPING = 100.0
 
 
 @torch.no_grad()
@@ -87,20 +83,18 @@ def gptq(
     check_weight("gptq", weight)
     n, k = weight.shape
     size = resolve_group_size("gptq", bits, group_size, k)
-    _check_hessian(hessian, k)
+    check_hessian("gptq", hessian, k)
     if act_order and not static_groups and size < k:
         raise ValueError(
             f"gptq: act_order needs static_groups=True for group_size = {size} below k = {k}, "
             "because a stored group is a run of neighbouring columns"
         )
-    if damping <= 0:
-        raise ValueError(f"gptq: damping must be above 0, got {damping}")
     dead = hessian.diagonal() == 0
     order = torch.arange(k)
     if act_order:
         # Stable, so that equal diagonals keep their order and H = I stays plain rounding.
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian, order, damping)
+    factor = inverse_factor("gptq", hessian, damping, order)
     grid = _ColumnGrids(
         weight.float().masked_fill(dead, 0),
         order=order,
@@ -197,49 +191,3 @@ def _round_run(grid: _ColumnGrids, factor: Tensor, codes: Tensor, begin: int, en
         factor[begin:middle, middle:end].t(), columns[begin:middle], alpha=-1
     )
     _round_run(grid, factor, codes, middle, end)
-
-
-def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Upper triangular ``U`` with ``U^T U = (H[order, order] + damping * mean(diag H) I)^-1``.
-
-    With ``J`` the reversal, ``J H J = L L^T`` gives ``H^-1 = (J L^-1 J)^T (J L^-1 J)``, so
-    ``U = J L^-1 J``: one factorisation and one triangular solve, where inverting ``H`` and
-    factorising the inverse would square its condition number on the way.
-
-    Returns:
-        ``[k, k]`` float32, computed in float64.
-    """
-    backwards = order.flip(0)
-    damped = hessian[backwards][:, backwards].double()
-    diagonal = damped.diagonal().clone()
-    live = diagonal > 0
-    mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
-    # Any positive value serves a dead column: its weights are 0 and so is its rounding error. The
-    # mean of the live ones leaves the damping as it would be without dead columns.
-    diagonal[~live] = mean
-    while damping <= _MAX_DAMPING:
-        damped.diagonal().copy_(diagonal + damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            del damped
-            identity = torch.eye(len(lower), dtype=lower.dtype)
-            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.float().flip(0, 1)
-        damping *= _DAMPING_GROWTH
-    raise ValueError("gptq: hessian must be positive semi-definite")
-
-
-def _check_hessian(hessian: Tensor, k: int) -> None:
-    if list(hessian.shape) != [k, k] or hessian.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"gptq: hessian must be [k, k] = {[k, k]} float32 or float64, "
-            f"got {list(hessian.shape)} {hessian.dtype}"
-        )
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("gptq: hessian must be finite, got inf or nan values")
-    diagonal = hessian.diagonal()
-    if bool((diagonal < 0).any()):
-        raise ValueError("gptq: hessian must be positive semi-definite, got a negative diagonal")
-    # Sums in float32 differ between the two halves only by rounding.
-    if float((hessian - hessian.t()).abs().max()) > 1e-4 * float(diagonal.max()):
-        raise ValueError("gptq: hessian must be symmetric")

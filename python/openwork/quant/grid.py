@@ -11,7 +11,8 @@ A symmetric grid stores no zero points: ``z = 2**(bits - 1)`` everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,25 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
         The codes as float32, shape of ``weight``.
     """
     return torch.div(weight, scales).round_().add_(zeros).clamp_(0, 2**bits - 1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which grid to round to; the arguments of :func:`rtn` by the same names."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool = False
+    search: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of :func:`rtn` and :func:`gptq`."""
+        return asdict(self)
+
+    def options(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
 
 
 @dataclass(frozen=True, eq=False)

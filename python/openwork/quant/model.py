@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,8 @@ from openwork.ops import pack_lowbit
 from openwork.ops.lowbit import Compute
 from openwork.quant.calibration import InputSecondMoment, calibrate
 from openwork.quant.gptq import gptq
-from openwork.quant.grid import QuantizedTensor, resolve_group_size
+from openwork.quant.grid import Grid, QuantizedTensor, resolve_group_size
+from openwork.quant.hessian import output_error
 from openwork.quant.rtn import rtn
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def quantize_model(
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"quantize_model: {name} must be dense, got {type(linear).__name__}")
         resolve_group_size("quantize_model", width, group_size, linear.in_features)
-    grid = _Grid(bits, group_size, symmetric, search, str(scale_dtype).removeprefix("torch."))
+    grid = Grid(bits, group_size, symmetric, search, scale_dtype)
     bytes_before = model_bytes(model)
     hidden_bytes = statistics_bytes = 0
     reports: list[LinearReport] = []
@@ -168,25 +169,10 @@ def model_bytes(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """The grid options, in a form that JSON can hold."""
-
-    bits: int
-    group_size: int | None
-    symmetric: bool
-    search: bool
-    scale_dtype: str
-
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of :func:`rtn` and :func:`gptq`."""
-        return asdict(self) | {"scale_dtype": getattr(torch, self.scale_dtype)}
-
-
-@dataclass(frozen=True)
 class _Gptq:
     """GPTQ as a calibration algorithm; collects a report per linear."""
 
-    grid: _Grid
+    grid: Grid
     act_order: bool
     static_groups: bool
     damping: float
@@ -200,7 +186,7 @@ class _Gptq:
             "static_groups": self.static_groups,
             "damping": self.damping,
             "compute": self.compute,
-            **asdict(self.grid),
+            **self.grid.options(),
         }
 
     def statistic(self, linear: nn.Linear) -> InputSecondMoment:
@@ -217,8 +203,7 @@ class _Gptq:
             damping=self.damping,
             **self.grid.arguments(),
         )
-        error = weight - q.dequantize()
-        share = _energy(error, hessian) / max(_energy(weight, hessian), torch.finfo().tiny)
+        share = output_error(weight, q.dequantize(), hessian)
         result = {
             "codes": q.codes,
             "scales": q.scales,
@@ -269,8 +254,3 @@ def _install(
         bytes_before=linear.weight.nbytes,
         bytes_after=packed.nbytes,
     )
-
-
-def _energy(weight: Tensor, hessian: Tensor) -> float:
-    """``tr(W H W^T)``, the mean square of the outputs summed over rows."""
-    return float(torch.sum((weight @ hessian) * weight, dtype=torch.float64))
