@@ -1,4 +1,4 @@
-"""The bytes of every packed layout, pinned: see golden/README.md."""
+"""The bytes of every low-bit layout, pinned: see golden/README.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _write(path: Path, bits: int) -> None:
     )
 
 
-@pytest.fixture(params=openwork.layouts())
+@pytest.fixture(params=[tag for tag in openwork.layouts() if tag.startswith("w")])
 def golden(request: pytest.FixtureRequest) -> tuple[str, dict[str, Tensor]]:
     """A layout's tag and its file's arrays."""
     path = FOLDER / f"{request.param}.npz"

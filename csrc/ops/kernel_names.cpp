@@ -5,6 +5,7 @@
 #include "kernels/activations/activations.h"
 #include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
+#include "kernels/nm_gemm/nm_gemm.h"
 #include "kernels/quantize/quantize.h"
 
 namespace ow {
@@ -18,6 +19,7 @@ std::vector<KernelName> kernel_names() {
   constexpr KernelName kAll[] = {
 #define OW_NAME(isa, key, max_m, fn) {#fn, Isa::isa},
       OW_LOWBIT_GEMM_KERNELS(OW_NAME)       //
+      OW_NM_GEMM_KERNELS(OW_NAME)           //
       OW_QUANTIZE_KERNELS(OW_NAME)          //
       OW_ACTIVATIONS_KERNELS(OW_NAME)       //
       OW_DECODE_ATTENTION_KERNELS(OW_NAME)  //

@@ -6,7 +6,7 @@
 //   load / load_n       from float, bf16, f16; the _n form reads n lanes and zeroes the rest
 //   store / store_n     to float, bf16, f16, rounding to nearest even
 //   set1 add sub mul fma max_ div_ sqrt_, to_int (nearest even), to_float, abs_bits, shifts,
-//   store_i8 / store_i8_n (truncating), sum, max_of_lanes
+//   store_i8 / store_i8_n (truncating), sum, max_of_lanes, transpose (kLanes vectors; not scalar)
 #pragma once
 
 #define OW_TARGET_scalar 1

@@ -95,6 +95,26 @@ OW_INLINE VecI abs_bits(VecF a) {
   return {_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff))};
 }
 
+// Row i of the result is column i.
+OW_INLINE void transpose(VecF (&r)[kLanes]) {
+  __m256 pairs[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int c = 0; c < 4; ++c) {
+    __m256 fours[2];  // 128-bit lane l holds column 4 l + c of four rows
+    for (int i = 0; i < 2; ++i) {
+      const __m256d low = _mm256_castps_pd(pairs[4 * i + c / 2]);
+      const __m256d high = _mm256_castps_pd(pairs[4 * i + c / 2 + 2]);
+      fours[i] = _mm256_castpd_ps(c % 2 == 0 ? _mm256_unpacklo_pd(low, high)
+                                             : _mm256_unpackhi_pd(low, high));
+    }
+    r[c].v = _mm256_permute2f128_ps(fours[0], fours[1], 0x20);
+    r[c + 4].v = _mm256_permute2f128_ps(fours[0], fours[1], 0x31);
+  }
+}
+
 OW_INLINE float sum(VecF a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -82,6 +82,35 @@ OW_INLINE VecI abs_bits(VecF a) {
   return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
 }
 
+// Row i of the result is column i.
+OW_INLINE void transpose(VecF (&r)[kLanes]) {
+  __m512 pairs[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  // Of each four rows: 128-bit lane l of fours[c] holds column 4 l + c.
+  __m512 fours[4][4];
+  for (int i = 0; i < 4; ++i) {
+    for (int c = 0; c < 4; ++c) {
+      const __m512d low = _mm512_castps_pd(pairs[4 * i + c / 2]);
+      const __m512d high = _mm512_castps_pd(pairs[4 * i + c / 2 + 2]);
+      fours[c][i] = _mm512_castpd_ps(c % 2 == 0 ? _mm512_unpacklo_pd(low, high)
+                                                : _mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_top = _mm512_shuffle_f32x4(fours[c][0], fours[c][1], 0x88);
+    const __m512 odd_top = _mm512_shuffle_f32x4(fours[c][0], fours[c][1], 0xdd);
+    const __m512 even = _mm512_shuffle_f32x4(fours[c][2], fours[c][3], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(fours[c][2], fours[c][3], 0xdd);
+    r[c].v = _mm512_shuffle_f32x4(even_top, even, 0x88);
+    r[c + 4].v = _mm512_shuffle_f32x4(odd_top, odd, 0x88);
+    r[c + 8].v = _mm512_shuffle_f32x4(even_top, even, 0xdd);
+    r[c + 12].v = _mm512_shuffle_f32x4(odd_top, odd, 0xdd);
+  }
+}
+
 OW_INLINE float sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
 OW_INLINE int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
 OW_INLINE int32_t max_of_lanes(VecI a) { return _mm512_reduce_max_epi32(a.v); }

@@ -9,7 +9,8 @@ from __future__ import annotations
 from . import nn, ops
 from ._native import info, isa, kernels, layouts, set_isa
 from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
-from .packing import PackedWeight
+from .ops.nm import compress_nm, expand_nm, nm_linear
+from .packing import NmWeight, PackedWeight
 
 # These build on the names above.
 from . import checkpoint, models, quant  # isort: skip
@@ -20,9 +21,12 @@ from .models import generate, load
 __version__ = "0.1.0"
 
 __all__ = [
+    "NmWeight",
     "PackedWeight",
     "checkpoint",
+    "compress_nm",
     "evaluate",
+    "expand_nm",
     "generate",
     "info",
     "isa",
@@ -31,6 +35,7 @@ __all__ = [
     "load",
     "lowbit_linear",
     "models",
+    "nm_linear",
     "nn",
     "ops",
     "pack_lowbit",

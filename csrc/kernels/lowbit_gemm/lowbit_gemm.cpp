@@ -27,7 +27,8 @@ int64_t lowbit_gemm_row_block(Isa isa, int64_t rows) {
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m) { return isa >= Isa::avx512bf16 && m >= 12; }
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel) {
-  const int32_t key = lowbit_key(layout_for_bits(args.bits)->id, args.digits == 0);
+  const int32_t key =
+      lowbit_key(layout_for_bits(LayoutFamily::lowbit, args.bits)->id, args.digits == 0);
   const int64_t rows = args.m * (args.digits == 0 ? 1 : args.digits);
   const KernelEntry<LowbitGemmFn>& kernel = pick(kTable, isa, key, rows);
   const int64_t panels = div_up(args.n, kPanel);

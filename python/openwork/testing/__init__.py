@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activations, attention, decoder, lowbit
+from . import activations, attention, decoder, lowbit, nm
 from .case import Cost, OpCase, Reject, Sample, Workload
 
 CASES: tuple[OpCase, ...] = (
@@ -10,6 +10,7 @@ CASES: tuple[OpCase, ...] = (
     *activations.CASES,
     *attention.CASES,
     *decoder.CASES,
+    *nm.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
