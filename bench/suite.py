@@ -28,6 +28,7 @@ from bench.problem import (
     Problem,
     Variant,
     check,
+    dense_problem,
     tolerance,
 )
 from bench.report import Row, matches, row_id
@@ -110,8 +111,9 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[Callable[..., Problem | AttentionProblem], tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
+    "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
     "decode_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.competitors import (
     ggml,
     onnxruntime,
+    openwork_int4,
     torch_dense,
     torch_int4,
     torch_int8_dynamic,
@@ -22,5 +23,6 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
         onnxruntime.ONNXRUNTIME,
         ggml.GGML,
     ),
+    "nm_linear": (torch_dense.FP32, torch_dense.BF16, openwork_int4.OPENWORK_INT4),
     "decode_attention": (torch_sdpa.SDPA,),
 }
