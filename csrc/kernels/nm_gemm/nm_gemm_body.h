@@ -103,65 +103,63 @@ struct Tile {
 struct IndexLines {
   alignas(64) uint32_t words[5][kNmPanel];
 
-  IndexLines(const NmGemmArgs& a, int64_t panel, int64_t unit) {
-    const uint8_t* from = nm_unit_index(a, panel, unit);
-    const int64_t lanes = nm_index_lanes(a.vector);
-    for (int64_t line = 0; line < nm_index_bits(a.block); ++line, from += lanes * 4) {
+  IndexLines(const uint8_t* from, int64_t count, int64_t lanes) {
+    for (int64_t line = 0; line < count; ++line, from += lanes * 4) {
+      uint32_t shared[2];
+      memcpy(shared, from, 4);
+      memcpy(shared + 1, from + (lanes == 2 ? 4 : 0), 4);
       if (lanes == kNmPanel) {
         memcpy(words[line], from, 64);
-        continue;
+      } else {
+        for (int i = 0; i < kNmPanel; ++i) words[line][i] = shared[i / 8];
       }
-      uint32_t shared[2] = {};
-      memcpy(shared, from, size_t(lanes) * 4);
-      for (int lane = 0; lane < kNmPanel; ++lane) words[line][lane] = shared[lane * lanes / 16];
     }
   }
 };
 
 // out[lane] = base + stride * index of slot s.
-OW_INLINE void decode_columns(const IndexLines& lines, int32_t block, int64_t s, uint32_t base,
-                              uint32_t stride, uint32_t* OW_RESTRICT out) {
+template <int kBlock>
+OW_INLINE void decode_columns(const IndexLines& lines, uint32_t s, uint32_t base, uint32_t stride,
+                              uint32_t* OW_RESTRICT out) {
+  constexpr int kLow = kBlock <= 8 ? 2 : 4;  // bits of a field, and lines of fields
   const int byte = int(s % 4 * 8);
-  const int high = byte + int(s / 4);
-  if (block <= 8) {
-    const uint32_t* low = lines.words[s / 16];
-    const int shift = byte + int(s / 4 % 4 * 2);
-    for (int i = 0; i < kNmPanel; ++i) out[i] = low[i] >> shift & 3;
-    if (block == 8) {
-      for (int i = 0; i < kNmPanel; ++i) out[i] |= (lines.words[2][i] >> high & 1) << 2;
+  const uint32_t* low = lines.words[s * kLow / kNmUnit];
+  const int shift = byte + int(s / 4 % (8 / kLow) * kLow);
+  if constexpr (kBlock == 8 || kBlock == 32) {
+    const uint32_t* high = lines.words[kLow];
+    const int high_shift = byte + int(s / 4);
+    for (int i = 0; i < kNmPanel; ++i) {
+      const uint32_t index = (low[i] >> shift & ((1 << kLow) - 1)) | (high[i] >> high_shift & 1)
+                                                                         << kLow;
+      out[i] = base + stride * index;
     }
   } else {
-    const uint32_t* low = lines.words[s / 8];
-    const int shift = byte + int(s / 4 % 2 * 4);
-    for (int i = 0; i < kNmPanel; ++i) out[i] = low[i] >> shift & 15;
-    if (block == 32) {
-      for (int i = 0; i < kNmPanel; ++i) out[i] |= (lines.words[4][i] >> high & 1) << 4;
+    for (int i = 0; i < kNmPanel; ++i) {
+      out[i] = base + stride * (low[i] >> shift & ((1 << kLow) - 1));
     }
   }
-  for (int i = 0; i < kNmPanel; ++i) out[i] = base + stride * out[i];
 }
 
 // The stored numbers of slot s, without their scales.
-OW_INLINE void decode_values(const uint8_t* unit, int32_t bits, int64_t s, float* OW_RESTRICT out) {
+template <int kBits>
+OW_INLINE void decode_values(const uint8_t* unit, uint32_t s, float* OW_RESTRICT out) {
   uint32_t words[kNmPanel];
-  memcpy(words, unit + s * bits / 32 * 64, 64);
-  switch (bits) {
-    case 32: memcpy(out, words, 64); break;
-    case 16:
-      for (int i = 0; i < kNmPanel; ++i) {
-        out[i] = bits_to_float(s % 2 == 0 ? words[i] << 16 : words[i] & 0xffff0000u);
-      }
-      break;
-    default:
-      // The code to the top of the word, and down again with its sign.
-      const int up = 32 - bits - int(s % 4 * 8 + (bits == 4 ? s / 4 % 2 * 4 : 0));
-      for (int i = 0; i < kNmPanel; ++i) out[i] = float(int32_t(words[i] << up) >> (32 - bits));
+  memcpy(words, unit + s * kBits / 32 * 64, 64);
+  if constexpr (kBits == 32) {
+    memcpy(out, words, 64);
+  } else if constexpr (kBits == 16) {
+    const int up = s % 2 == 0 ? 16 : 0;
+    for (int i = 0; i < kNmPanel; ++i) out[i] = bits_to_float(words[i] << up & 0xffff0000u);
+  } else {
+    // The code to the top of the word, and down again with its sign.
+    const int up = 32 - kBits - int(s % 4 * 8 + (kBits == 4 ? s / 4 % 2 * 4 : 0));
+    for (int i = 0; i < kNmPanel; ++i) out[i] = float(int32_t(words[i] << up) >> (32 - kBits));
   }
 }
 
-// The first vector of the 16 scales of a group.
-OW_INLINE VecF load_scales(const NmGemmArgs& a, int64_t panel, int64_t g) {
-  const int64_t at = (panel * a.groups + g) * kNmPanel;
+// A vector of the 16 scales of a group, from `lane` on.
+OW_INLINE VecF load_scales(const NmGemmArgs& a, int64_t panel, int64_t g, int64_t lane = 0) {
+  const int64_t at = (panel * a.groups + g) * kNmPanel + lane;
   switch (a.scales_type) {
     case FloatType::f32: return load(static_cast<const float*>(a.scales) + at);
     case FloatType::bf16: return load(static_cast<const bf16*>(a.scales) + at);
@@ -176,27 +174,61 @@ struct Slots {
 
 // A tile of `slots`. Columns count from the first of the slot's block, or (kWhole) from the first
 // of the row, and are multiplied by `stride`.
-template <bool kWhole>
+template <bool kWhole, int kBits, int kBlock>
 void decode(const NmGemmArgs& a, int64_t panel, Slots slots, uint32_t stride, Tile* tile) {
-  const IndexLines lines(a, panel, slots.unit);
+  const IndexLines lines(nm_unit_index(a, panel, slots.unit), nm_index_bits(kBlock),
+                         nm_index_lanes(a.vector));
   const uint8_t* values = nm_unit_values(a, panel, slots.unit);
-  int64_t scales_of = -1;
-  alignas(64) float scales[kNmPanel];
+  // Divided once, and then counted: a division takes as long as decoding two slots.
+  const int64_t slot = slots.unit * kNmUnit + slots.begin;
+  int64_t column = slot / a.kept * kBlock;  // the first of the slot's block
+  int64_t left = a.kept - slot % a.kept;    // slots of the block
+  int64_t g = -1;
+  int64_t group_end = 0;  // the first column past group g
+  VecF scales[kNmPanel / kLanes] = {};
   for (int64_t s = slots.begin; s < slots.end; ++s) {
-    const int64_t first = (slots.unit * kNmUnit + s) / a.kept * a.block;
-    decode_columns(lines, a.block, s, kWhole ? uint32_t(first) * stride : 0, stride,
-                   tile->columns[s]);
+    decode_columns<kBlock>(lines, uint32_t(s), kWhole ? uint32_t(column) * stride : 0, stride,
+                           tile->columns[s]);
     float* weights = tile->weights[s];
-    decode_values(values, a.bits, s, weights);
-    if (a.scales == nullptr) continue;
-    // Slots of padding may lie past the last group.
-    const int64_t g = min_of(first / a.group_size, a.groups - 1);
-    if (g != scales_of) {
-      const int64_t at = (panel * a.groups + g) * kNmPanel;
-      for (int i = 0; i < kNmPanel; ++i) scales[i] = read_float(a.scales, a.scales_type, at + i);
-      scales_of = g;
+    decode_values<kBits>(values, uint32_t(s), weights);
+    if constexpr (kBits <= 8) {
+      if (column >= group_end) {
+        // Slots of padding may lie past the last group.
+        g = min_of(g < 0 ? column / a.group_size : g + 1, a.groups - 1);
+        group_end = (g + 1) * a.group_size;
+        for (int64_t i = 0; i < kNmPanel / kLanes; ++i) {
+          scales[i] = load_scales(a, panel, g, i * kLanes);
+        }
+      }
+      for (int64_t i = 0; i < kNmPanel / kLanes; ++i) {
+        store(weights + i * kLanes, mul(load(weights + i * kLanes), scales[i]));
+      }
     }
-    for (int i = 0; i < kNmPanel; ++i) weights[i] *= scales[i];
+    if (--left == 0) {
+      left = a.kept;
+      column += kBlock;
+    }
+  }
+}
+
+using DecodeFn = void (*)(const NmGemmArgs&, int64_t panel, Slots, uint32_t stride, Tile*);
+
+template <bool kWhole, int kBits>
+OW_INLINE DecodeFn decoder_of_block(int32_t block) {
+  switch (block) {
+    case 4: return decode<kWhole, kBits, 4>;
+    case 8: return decode<kWhole, kBits, 8>;
+    case 16: return decode<kWhole, kBits, 16>;
+    default: return decode<kWhole, kBits, 32>;
+  }
+}
+template <bool kWhole>
+OW_INLINE DecodeFn decoder_of(const NmGemmArgs& a) {
+  switch (a.bits) {
+    case 4: return decoder_of_block<kWhole, 4>(a.block);
+    case 8: return decoder_of_block<kWhole, 8>(a.block);
+    case 16: return decoder_of_block<kWhole, 16>(a.block);
+    default: return decoder_of_block<kWhole, 32>(a.block);
   }
 }
 

@@ -35,9 +35,9 @@ class IndexReader {
 
   // The indices of four slots, the q-th of the unit, one a byte.
   template <int kBlock>
-  __m512i quad(int64_t unit, int64_t q) const {
+  __m512i quad(int64_t unit, uint32_t q) const {
     constexpr int kLow = kBlock <= 8 ? 2 : 4;
-    constexpr int64_t kQuads = 8 / kLow;  // of a line
+    constexpr uint32_t kQuads = 8 / kLow;  // of a line
     const __m128i shift = _mm_cvtsi64_si128(q % kQuads * kLow);
     const __m512i low = _mm512_and_si512(_mm512_srl_epi16(line(unit, q / kQuads), shift),
                                          _mm512_set1_epi8((1 << kLow) - 1));
@@ -102,19 +102,19 @@ struct Quads {
 // Lines [begin, end) of four slots.
 template <int kBits, int kBlock, int kRows>
 OW_INLINE void add_lines(const NmGemmArgs& a, const uint8_t* values, const IndexReader& index,
-                         const Quads& quads, const uint8_t* x, int64_t begin, int64_t end,
-                         Sums<kRows>* sums) {
+                         const Quads& quads, const uint8_t* x, int64_t stride, int64_t begin,
+                         int64_t end, Sums<kRows>* sums) {
   int64_t period = begin / a.kept;
   int64_t of_period = begin % a.kept;
   for (int64_t q = begin; q < end; ++q) {
     const __m512i w = weights_of<kBits>(values, q);
     sums->add_weights(w);
-    const __m512i select = _mm512_add_epi8(index.quad<kBlock>(q / 8, q % 8),
+    const __m512i select = _mm512_add_epi8(index.quad<kBlock>(q / 8, uint32_t(q) % 8),
                                            _mm512_set1_epi32(int(quads.offset[of_period])));
     const uint8_t* from = x + period * 4 * kBlock + quads.column[of_period];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512i codes = _mm512_loadu_si512(from + r * code_stride(a));
+      const __m512i codes = _mm512_loadu_si512(from + r * stride);
       dot4(sums->x[r][0], _mm512_permutexvar_epi8(select, codes), w);
     }
     if (++of_period == a.kept) {
@@ -162,6 +162,7 @@ void multiply_rows(const NmGemmArgs& a, int64_t panel, int64_t row) {
   const Quads quads(a);
   const uint8_t* values = nm_unit_values(a, panel, 0);
   const uint8_t* x = laid_codes(a, row);
+  const int64_t stride = code_stride(a);
   const int64_t steps = div_up(nm_slots(a.k, a.kept, a.block), kStep);
   const int64_t group_steps = a.groups == 1 ? steps : a.group_size / a.block * a.kept / kStep;
   const VecF unit = set1(kBits == 4 ? 1.0f / 16 : 1.0f);
@@ -172,9 +173,9 @@ void multiply_rows(const NmGemmArgs& a, int64_t panel, int64_t row) {
     const int64_t end = min_of(begin + group_steps, steps);
     Sums<kRows> sums;
     if constexpr (kTwoOfFour) {
-      add_lines_2_4<kBits, kRows>(values, index, x, code_stride(a), begin, end, &sums);
+      add_lines_2_4<kBits, kRows>(values, index, x, stride, begin, end, &sums);
     } else {
-      add_lines<kBits, kBlock, kRows>(a, values, index, quads, x, begin, end, &sums);
+      add_lines<kBits, kBlock, kRows>(a, values, index, quads, x, stride, begin, end, &sums);
     }
     const VecF scale = mul(load_scales(a, panel, g), unit);
     for (int r = 0; r < kRows; ++r) totals[r] = fma(sums.of_row(r), scale, totals[r]);

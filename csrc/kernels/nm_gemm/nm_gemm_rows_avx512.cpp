@@ -40,9 +40,11 @@ void multiply_rows(const NmGemmArgs& a, int64_t panel, int64_t row) {
   const int64_t stride = nm_columns(a);
   const float* x = static_cast<const float*>(a.laid) + row * stride;
   int64_t left = a.kept;  // slots of the block that x points at
+  const DecodeFn decode = decoder_of<false>(a);
   Tile tile;
-  for (int64_t unit = 0; unit < nm_units(a); ++unit) {
-    decode<false>(a, panel, {unit, 0, kNmUnit}, 1, &tile);
+  const int64_t units = nm_units(a);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    decode(a, panel, {unit, 0, kNmUnit}, 1, &tile);
     for (int64_t s = 0; s < kNmUnit; s += 2) {
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
@@ -137,9 +139,13 @@ void multiply_rows_2_4(const NmGemmArgs& a, int64_t panel, int64_t row) {
   const float* x = static_cast<const float*>(a.laid) + row * stride;
   VecF total[kRows];
   for (int r = 0; r < kRows; ++r) total[r] = set1(0.0f);
-  for (int64_t unit = 0; unit < nm_units(a); ++unit) {
-    const uint8_t* index = nm_unit_index(a, panel, unit);
-    const uint8_t* values = nm_unit_values(a, panel, unit);
+  const uint8_t* index = nm_unit_index(a, panel, 0);
+  const uint8_t* values = nm_unit_values(a, panel, 0);
+  const int64_t units = nm_units(a);
+  const int64_t unit_index_bytes = nm_unit_index_bytes(4, a.vector);
+  int64_t g = 0;
+  int64_t group_left = a.groups == 1 ? units * 2 : a.group_size / kLineColumns;
+  for (int64_t unit = 0; unit < units; ++unit, index += unit_index_bytes) {
     for (int line = 0; line < 2; ++line, x += kLineColumns, values += 32 * kBits) {
       VecF acc[4][kRows];
       for (int c = 0; c < 4; ++c) {
@@ -149,9 +155,12 @@ void multiply_rows_2_4(const NmGemmArgs& a, int64_t panel, int64_t row) {
           values, spread.line(index, line), x, stride, acc);
       VecF scale = set1(1.0f);
       if constexpr (kBits <= 8) {
-        // A line of padding may lie past the last group; its values are zero.
-        const int64_t g = min_of((unit * 2 + line) * kLineColumns / a.group_size, a.groups - 1);
         scale = load_scales(a, panel, g);
+        // A line of padding may lie past the last group; its values are zero.
+        if (--group_left == 0) {
+          group_left = a.group_size / kLineColumns;
+          g = min_of(g + 1, a.groups - 1);
+        }
       }
       for (int r = 0; r < kRows; ++r) {
         const VecF sum = add(add(acc[0][r], acc[1][r]), add(acc[2][r], acc[3][r]));
