@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openwork.testing.attention import decode_attention_reference
+from openwork.testing.nm import BITS
 from openwork.timing import Contender
 
 
@@ -91,6 +92,15 @@ class Problem(Conditions):
         """``[m, n]`` float64: the product itself."""
         y: NDArray[np.float64] = self.x.astype(np.float64) @ self.weight.astype(np.float64).T
         return y
+
+
+def dense_problem(dtype: str, **conditions: Any) -> Problem:
+    """The dense product that a sparse one stands in for.
+
+    What a sparse operator computes is checked against the reference of its case; its competitors
+    multiply by all of the weight, in the width of ``dtype``, the type of the sparse one's values.
+    """
+    return Problem(bits=BITS[dtype], group_size=128, symmetric=True, **conditions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from bench.problem import (
     Problem,
     Variant,
     check,
+    dense_problem,
     tolerance,
 )
 from bench.report import Row, matches, row_id
@@ -122,6 +123,7 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
 AnyProblem = Problem | AttentionProblem | ProductProblem
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
+    "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
     "sparse_linear": (SparseProblem, ("m", "n", "k", "density")),
     "block_sparse_linear": (SparseProblem, ("m", "n", "k", "density", "block")),
     "active_linear": (ColumnProblem, ("m", "n", "k", "format", "group_size")),

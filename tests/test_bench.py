@@ -26,6 +26,7 @@ from bench.problem import (
     Problem,
     Variant,
     check,
+    dense_problem,
     tolerance,
 )
 from bench.sparse_problem import ColumnProblem, SparseProblem
@@ -194,6 +195,19 @@ def test_every_installed_competitor_computes_the_product(name: str, bits: int) -
             prepared.close()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("competitor", COMPETITORS["nm_linear"], ids=lambda c: c.name)
+def test_every_competitor_multiplies_by_the_dense_weight(
+    competitor: Competitor, dtype: str
+) -> None:
+    problem = dense_problem(dtype, m=3, n=32, k=256, threads=1, cold_bytes=20000, batch=3)
+    for variant in competitor.variants(problem):
+        prepared = variant.prepare()
+        for group in range(prepared.groups):
+            prepared.run(group)
+            check(variant.label, prepared.output(), problem.reference, tolerance(variant.bits))
 
 
 @pytest.mark.parametrize("t", [1, 3])

@@ -1,4 +1,4 @@
-"""The bytes of every packed layout, pinned: see golden/README.md."""
+"""The bytes of every low-bit layout, pinned: see golden/README.md."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ INCLUDE_RULES = (
     (r"simd/.*", r"core/types\.h|simd/vec_\w+\.h|immintrin\.h"),
     # Files compiled once for each tier, and the headers they share: no C++ library.
     (
-        r"kernels/(\w+)/\1_(?:\w*avx\w+|scalar|body)\.(?:cpp|h)",
+        r"kernels/(\w+)/\1_(?:\w*avx\w+|scalar|\w*body)\.(?:cpp|h)",
         rf"kernels/\1/\1\w*\.h|simd/vec\.h|core/types\.h|immintrin\.h|{C_TYPES}",
     ),
     (r"kernels/(\w+)/\1\.h", rf"core/.*|{C_TYPES}"),
@@ -52,7 +52,7 @@ INCLUDE_RULES = (
     (r"host/\w+_module\.cpp", rf"pybind11/.*|host/.*|core/.*|{STD}"),
     (r"host/.*", rf"host/.*|sys/mman\.h|{STD}"),
     (
-        r"testing/(?:kernels_module\.cpp|\w+_kernels\.(?:cpp|h))",
+        r"testing/(?:\w+_module\.(?:cpp|h)|\w+_kernels\.(?:cpp|h))",
         rf"pybind11/.*|testing/.*|kernels/(\w+)/\1\.h|core/.*|{STD}",
     ),
     (r"testing/.*", rf"testing/.*|immintrin\.h|{C_TYPES}"),

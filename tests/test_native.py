@@ -53,7 +53,7 @@ def test_layout_tags_are_named_and_versioned() -> None:
     tags = openwork.layouts()
     assert len(set(tags)) == len(tags)
     for tag in tags:
-        assert re.fullmatch(r"(w\d|bitmask|blocks|columns\d?)_n\d+k\d+@\d+", tag)
+        assert re.fullmatch(r"(w\d|nm\d+|bitmask|blocks|columns\d?)_n\d+k\d+@\d+", tag)
 
 
 def test_kernels_stay_under_the_tier(isa: str) -> None:
@@ -64,7 +64,7 @@ def test_kernels_stay_under_the_tier(isa: str) -> None:
 
 
 def test_kernels_are_best_first(isa: str) -> None:
-    for family in ("lowbit_gemm", "encode_rows", "activations"):
+    for family in ("lowbit_gemm", "encode_rows", "activations", "nm_gemm"):
         ranks = [TIERS.index(_tier_of(n)) for n in openwork.kernels() if n.startswith(family)]
         assert ranks
         assert ranks == sorted(ranks, reverse=True)
@@ -161,7 +161,9 @@ def test_no_more_threads_than_asked_for() -> None:
     assert done.stdout == "0 0\n1 1\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("layout", ["w4_n32k8@2", "w4_n16k4@1", "w4_n32k8", "", "w5_n32k8@1"])
+@pytest.mark.parametrize(
+    "layout", ["w4_n32k8@2", "w4_n16k4@1", "w4_n32k8", "", "w5_n32k8@1", "nm8_n16k4@1"]
+)
 def test_packed_weight_refuses_layouts_this_build_does_not_read(layout: str) -> None:
     w = _weight()
     expected = (

@@ -4,7 +4,8 @@ namespace ow {
 namespace {
 
 constexpr LayoutInfo kLayouts[] = {
-#define OW_LAYOUT_ROW(name, version, bits) {Layout::name, #name "@" #version, bits},
+#define OW_LAYOUT_ROW(name, version, family, bits) \
+  {Layout::name, LayoutFamily::family, #name "@" #version, bits},
     OW_LAYOUTS(OW_LAYOUT_ROW)
 #undef OW_LAYOUT_ROW
 };
@@ -18,9 +19,9 @@ const LayoutInfo* layout_info(int64_t id) {
   return nullptr;
 }
 
-const LayoutInfo* layout_for_bits(int64_t bits) {
+const LayoutInfo* layout_for_bits(LayoutFamily family, int64_t bits) {
   for (const LayoutInfo& info : kLayouts) {
-    if (bits != 0 && info.bits == bits) return &info;
+    if (info.family == family && info.bits == bits) return &info;
   }
   return nullptr;
 }

@@ -7,6 +7,7 @@
 #include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
+#include "kernels/nm_gemm/nm_gemm.h"
 #include "kernels/quantize/quantize.h"
 #include "kernels/sparse_gemm/sparse_gemm.h"
 
@@ -21,6 +22,7 @@ std::vector<KernelName> kernel_names() {
   constexpr KernelName kAll[] = {
 #define OW_NAME(isa, key, max_m, fn) {#fn, Isa::isa},
       OW_LOWBIT_GEMM_KERNELS(OW_NAME)        //
+      OW_NM_GEMM_KERNELS(OW_NAME)            //
       OW_QUANTIZE_KERNELS(OW_NAME)           //
       OW_ACTIVATIONS_KERNELS(OW_NAME)        //
       OW_DECODE_ATTENTION_KERNELS(OW_NAME)   //

@@ -3,12 +3,14 @@
 #include <tuple>
 
 #include "kernels/quantize/quantize.h"
+#include "ops/values.h"
 
 namespace ow {
 
 const LayoutInfo* check_layout(const char* op, int64_t layout) {
   const LayoutInfo* info = layout_info(layout);
-  OW_CHECK(info != nullptr, op, ": layout must be one this build reads, got id ", layout,
+  OW_CHECK(info != nullptr && info->family == LayoutFamily::lowbit, op,
+           ": layout must be one this build reads, got id ", layout,
            "; re-pack with openwork.pack_lowbit");
   OW_CHECK(info->bits != 0, op, ": layout must be that of a low-bit weight, got ", info->text);
   return info;
@@ -224,33 +226,11 @@ LowbitPackArgs pack_args(const LowbitWeight& w, const Tensor& scales) {
   return {w.n, w.k, w.k_padded, w.groups, w.layout->bits, scale_size(scales)};
 }
 
-void check_codes(const char* op, const char* name, const Tensor& tensor, int64_t bits) {
-  const uint8_t* values = static_cast<const uint8_t*>(tensor.const_data_ptr());
-  for (int64_t i = 0; i < tensor.numel(); ++i) {
-    OW_CHECK(values[i] >> bits == 0, op, ": ", name, " must be in 0 .. ", (1 << bits) - 1, " for ",
-             bits, " bits, got ", int(values[i]));
-  }
-}
-
-void check_finite(const char* op, const Tensor& scales) {
-  const void* p = scales.const_data_ptr();
-  for (int64_t i = 0; i < scales.numel(); ++i) {
-    float value;
-    switch (float_type(scales)) {
-      case FloatType::f32: value = static_cast<const float*>(p)[i]; break;
-      case FloatType::bf16: value = to_float(static_cast<const bf16*>(p)[i]); break;
-      default: value = to_float(static_cast<const f16*>(p)[i]); break;
-    }
-    OW_CHECK((float_to_bits(value) & 0x7fffffff) < 0x7f800000, op, ": scales must be finite, got ",
-             value, " at element ", i);
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> pack_lowbit_op(const Tensor& codes_any, const Tensor& scales_any,
                                                   const std::optional<Tensor>& zeros_any,
                                                   int64_t bits, int64_t group_size) {
   constexpr const char* kOp = "pack_lowbit";
-  const LayoutInfo* layout = layout_for_bits(bits);
+  const LayoutInfo* layout = layout_for_bits(LayoutFamily::lowbit, bits);
   OW_CHECK(layout != nullptr, kOp, ": bits must be 2, 3, 4 or 8, got ", bits);
   check_dtype(kOp, "codes", codes_any, ScalarType::Byte);
   OW_CHECK(codes_any.dim() == 2, kOp, ": codes must be [n, k], got ", shape_text(codes_any));

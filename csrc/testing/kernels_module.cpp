@@ -21,16 +21,13 @@
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
 #include "kernels/sparse_gemm/sparse_gemm.h"
+#include "testing/arrays_module.h"
+#include "testing/nm_gemm_module.h"
 #include "testing/peaks.h"
 #include "testing/sparse_kernels.h"
 
-namespace py = pybind11;
-
 namespace ow {
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
 
 Isa parse_isa(const std::string& name) {
   Isa isa;
@@ -93,28 +90,12 @@ double stream_read(const Array<uint8_t>& data, int64_t repetitions, const std::s
   throw std::logic_error("stream_read: no scalar kernel");
 }
 
-// Arrays of float32, float16, or uint16: numpy has no bf16, so its bits travel as uint16.
-FloatType float_type(const py::array& array, const char* name) {
-  const char kind = array.dtype().kind();
-  const py::ssize_t size = array.itemsize();
-  if (kind == 'f' && size == 4) return FloatType::f32;
-  if (kind == 'f' && size == 2) return FloatType::f16;
-  if (kind == 'u' && size == 2) return FloatType::bf16;
-  throw std::invalid_argument(std::string(name) +
-                              " must be float32, float16 or uint16 (the bits of bf16)");
-}
-
-void check_contiguous(const py::array& array, const char* name) {
-  if (!(array.flags() & py::array::c_style)) {
-    throw std::invalid_argument(std::string(name) + " must be contiguous");
-  }
-}
-
 // (name, tier, key, max_m) of a family's table entries, in table order.
 std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table(
     const std::string& family) {
 #define OW_ROW(isa, key, max_m, fn) {#fn, #isa, key, max_m},
   if (family == "lowbit_gemm") return {OW_LOWBIT_GEMM_KERNELS(OW_ROW)};
+  if (family == "nm_gemm") return {OW_NM_GEMM_KERNELS(OW_ROW)};
   if (family == "quantize") return {OW_QUANTIZE_KERNELS(OW_ROW)};
   if (family == "activations") return {OW_ACTIVATIONS_KERNELS(OW_ROW)};
   if (family == "decode_attention") return {OW_DECODE_ATTENTION_KERNELS(OW_ROW)};
@@ -367,6 +348,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("x_scales"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("bits"),
         py::arg("group_size"), py::arg("bias"), py::arg("add"), py::arg("y"),
         "Writes y [m, n]; x is int8 [m, digits, k], or the bits of bf16 [m, k].");
+  ow::bind_nm_gemm(m);
   m.def("rms_norm", &ow::rms_norm_kernel, py::arg("kernel"), py::arg("x"), py::arg("w"),
         py::arg("eps"), py::arg("y"), "Writes y [m, d].");
   m.def("silu_mul", &ow::silu_mul_kernel, py::arg("kernel"), py::arg("x"), py::arg("y"),

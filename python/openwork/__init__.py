@@ -11,8 +11,9 @@ from ._native import info, isa, kernels, layouts, set_isa
 from .ops.active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .ops.block_sparse import compress_block_sparse, expand_block_sparse
 from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+from .ops.nm import compress_nm, expand_nm, nm_linear
 from .ops.sparse import compress_sparse, expand_sparse, sparse_linear
-from .packing import BlockSparseWeight, ColumnWeight, PackedWeight, SparseWeight
+from .packing import BlockSparseWeight, ColumnWeight, NmWeight, PackedWeight, SparseWeight
 
 # These build on the names above.
 from . import checkpoint, models, prune, quant  # isort: skip
@@ -25,14 +26,17 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSparseWeight",
     "ColumnWeight",
+    "NmWeight",
     "PackedWeight",
     "SparseWeight",
     "active_linear",
     "checkpoint",
     "compress_block_sparse",
+    "compress_nm",
     "compress_sparse",
     "evaluate",
     "expand_block_sparse",
+    "expand_nm",
     "expand_sparse",
     "generate",
     "info",
@@ -42,6 +46,7 @@ __all__ = [
     "load",
     "lowbit_linear",
     "models",
+    "nm_linear",
     "nn",
     "ops",
     "pack_columns",

@@ -10,9 +10,11 @@ from torch import Tensor
 from . import _host, _native
 
 _LAYOUTS = _native.layouts()
+# Tags of a family begin with its letters: w4_n32k8@1, nm4_n16k8@1.
 LOWBIT_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("w"))
 BLOCK_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("blocks"))
 COLUMN_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("columns"))
+NM_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("nm"))
 _POOL = _host.PagePool()
 
 
@@ -254,6 +256,81 @@ class ColumnWeight:
         )
 
 
+@dataclass(frozen=True)
+class NmWeight:
+    """An N:M sparse weight in the layout the kernels read. Made by :func:`openwork.compress_nm`.
+
+    Of every M consecutive columns a row keeps at most N. A unit is 32 kept columns of 16 rows; the
+    last one is filled up with zeros. The layout names geometry, not a CPU, and lives in memory
+    only.
+
+    Attributes:
+        values: ``[ceil(n / 16), units, lines, 16, per_lane]``, float32, bfloat16, int8, or uint8
+            with two int4 a byte.
+        index: ``[ceil(n / max(vector, 16)), units, log2(M), lanes, 4]`` uint8, the columns of the
+            values in their blocks of M; ``lanes`` is 16, 2, 1, 1 for a vector of 1, 8, 16, 32.
+        scales: ``[ceil(n / 16), groups, 16]`` float32, float16 or bfloat16, of int8 and int4
+            values; else None.
+        layout: tag such as ``"nm4_n16k8@1"``.
+        n: rows (outputs) of the weight.
+        k: columns (inputs) of the weight.
+        pattern: ``(N, M)``.
+        vector: consecutive rows that keep the same columns: 1, 8, 16 or 32.
+        group_size: consecutive k that share a scale: 32, 64, 128, or k.
+    """
+
+    values: Tensor
+    index: Tensor
+    scales: Tensor | None
+    layout: str
+    n: int
+    k: int
+    pattern: tuple[int, int]
+    vector: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.layout not in NM_LAYOUTS:
+            raise ValueError(
+                f"NmWeight: layout must be one of {', '.join(NM_LAYOUTS)}, got {self.layout}; "
+                "re-pack with openwork.compress_nm"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Of a value: 4, 8, 16 (bfloat16) or 32 (float32)."""
+        return int(self.layout[2 : self.layout.index("_")])
+
+    @property
+    def layout_id(self) -> int:
+        return _LAYOUTS.index(self.layout)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, the index too: what one token reads."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.values.nbytes + self.index.nbytes + scales
+
+    def in_huge_pages(self) -> NmWeight:
+        """The same weight in memory that is advised for 2 MiB pages, as for PackedWeight."""
+        scales = None if self.scales is None else _to_pool(self.scales)
+        return replace(
+            self, values=_to_pool(self.values), index=_to_pool(self.index), scales=scales
+        )
+
+
+def nm_layout_for_bits(bits: int) -> str:
+    """The layout tag :func:`openwork.compress_nm` produces for a width of values."""
+    for tag in NM_LAYOUTS:
+        if tag.startswith(f"nm{bits}_"):
+            return tag
+    raise ValueError(f"nm_layout_for_bits: bits must be 4, 8, 16 or 32, got {bits}")
+
+
 def _check_layout(kind: str, layout: str, known: tuple[str, ...]) -> None:
     if layout not in known:
         raise ValueError(f"{kind}: layout must be one of {', '.join(known)}, got {layout}")
@@ -271,7 +348,7 @@ def column_bits(layout: str) -> int:
 
 def layout_for_bits(bits: int) -> str:
     """The layout tag :func:`openwork.pack_lowbit` produces for a bit width."""
-    for tag in _LAYOUTS:
+    for tag in LOWBIT_LAYOUTS:
         if tag.startswith(f"w{bits}_"):
             return tag
     raise ValueError(f"layout_for_bits: bits must be 2, 3, 4 or 8, got {bits}")

@@ -47,6 +47,7 @@ int main() {
   check_conversions<ow::bf16>("bf16");
   check_conversions<ow::f16>("f16");
   check_lowbit_gemm(&memory);
+  check_nm_gemm(&memory);
   check_quantize(&memory);
   check_activations(&memory);
   check_decode_attention(&memory);

@@ -92,6 +92,7 @@ inline Parallel reversed_parallel(int64_t threads) {
 }
 
 void check_lowbit_gemm(Guarded* memory);
+void check_nm_gemm(Guarded* memory);
 void check_quantize(Guarded* memory);
 void check_activations(Guarded* memory);
 void check_decode_attention(Guarded* memory);

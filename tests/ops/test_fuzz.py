@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from openwork.ops import pack_lowbit
-from openwork.testing import CASES, OpCase, Sample
+from openwork.ops import compress_nm, nm_mask, pack_lowbit
+from openwork.testing import CASES, OpCase, Sample, nm
 from openwork.testing.active import make_column_weight
 from openwork.testing.block_sparse import make_block_sparse_weight
 from openwork.testing.case import as_tuple
@@ -30,6 +30,7 @@ Raw = tuple[Any, ...]
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 BITS = st.sampled_from([2, 3, 4, 8])
+VECTORS = st.sampled_from([1, 8, 16, 32])
 SIZES = st.integers(0, 5)
 HALVES = st.integers(1, 40)
 DENSITIES = st.sampled_from([0.0, 0.02, 0.5, 1.0])
@@ -193,10 +194,48 @@ def _active_linear(draw: Draw) -> Sample:
     return Sample("fuzz", (x, weight, threshold), _terms(draw, x, weight.n))
 
 
+def _pattern(draw: Draw) -> tuple[int, int]:
+    block = draw(st.sampled_from([4, 8, 16, 32]))
+    return draw(st.integers(1, block - 1)), block
+
+
+def _nm_linear(draw: Draw) -> Sample:
+    n, k = draw(st.integers(1, 80)), draw(st.integers(1, 300))
+    weight = nm.make_weight(
+        n,
+        k,
+        _pattern(draw),
+        draw(st.sampled_from(list(nm.BITS))),
+        vector=draw(VECTORS),
+        group_size=draw(st.sampled_from([32, 64, 128, k])),
+        scales=draw(FLOATS),
+        seed=draw(st.integers(0, 9)),
+    )
+    x = _rows(draw, k)
+    options: dict[str, Any] = {"compute": "float"}
+    if weight.bits <= 8:
+        options["compute"] = draw(st.sampled_from(["float", "int8"]))
+    if draw(st.booleans()):
+        options["bias"] = _contiguous(draw, [n], x.dtype)
+    if draw(st.booleans()):
+        options["add"] = _contiguous(draw, [*x.shape[:-1], n], x.dtype)
+    return Sample("fuzz", (x, weight), options)
+
+
+def _compress_nm(draw: Draw) -> Sample:
+    n, k = draw(st.integers(1, 80)), draw(st.integers(1, 150))
+    pattern, vector = _pattern(draw), draw(VECTORS)
+    mask = nm_mask(_random(draw, [n, k], torch.float32), pattern, vector=vector)
+    weight = _random(draw, [n, k], draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    return Sample("fuzz", (weight,), {"pattern": pattern, "vector": vector, "mask": mask})
+
+
 _VALID = {
     "active_linear": _active_linear,
     "block_sparse_linear": _block_sparse_linear,
+    "compress_nm": _compress_nm,
     "lowbit_linear": _lowbit_linear,
+    "nm_linear": _nm_linear,
     "pack_lowbit": _pack_lowbit,
     "quantize_rows": _quantize_rows,
     "rms_norm": _rms_norm,
@@ -232,8 +271,15 @@ def _unpack_arguments(sample: Sample) -> Raw:
     return (*tensors, weight.layout_id, weight.n, weight.k, weight.group_size)
 
 
-# The operators and their raw arguments: those of the cases, and unpack_lowbit, which has no case.
+def _expand_arguments(sample: Sample) -> Raw:
+    weight = compress_nm(*sample.args, **sample.kwargs)
+    numbers = (weight.layout_id, weight.n, weight.k, *weight.pattern, weight.vector)
+    return (weight.values, weight.index, weight.scales, *numbers, weight.group_size)
+
+
+# The operators and their raw arguments: those of the cases, and the inverses, which have no case.
 _CALLS = {case.name: (case, case.raw) for case in CASES}
+_CALLS["expand_nm"] = (_CALLS["compress_nm"][0], _expand_arguments)
 _CALLS["unpack_lowbit"] = (_CALLS["pack_lowbit"][0], _unpack_arguments)
 
 _DTYPES = [
@@ -307,8 +353,9 @@ def _damaged_calls(draw: Draw, name: str) -> Raw:
 
 # Conditions on values, which a fake does not have.
 _ON_VALUES = (
-    r"\w+: ((codes|zeros|ids|offsets|indices) must be in 0 \.\.|scales must be finite|"
-    r"indptr must rise|(nnz|blocks) must be the number)"
+    r"\w+: ((codes|zeros|ids|offsets|indices|weight) must be in 0 \.\.|scales must be finite|"
+    r"indptr must rise|(nnz|blocks) must be the number|"
+    r"(mask must keep|weight must have nonzeros in) at most)"
 )
 
 

@@ -55,7 +55,8 @@ RowBlocks lowbit_gemm_x_blocks(Isa isa, int64_t m, int32_t digits, int64_t k) {
 bool lowbit_gemm_takes_bf16(Isa isa, int64_t m) { return isa >= Isa::avx512bf16 && m >= 12; }
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel) {
-  const int32_t key = lowbit_key(layout_for_bits(args.bits)->id, args.digits == 0);
+  const int32_t key =
+      lowbit_key(layout_for_bits(LayoutFamily::lowbit, args.bits)->id, args.digits == 0);
   const int64_t rows = row_count(args.m, args.digits);
   const KernelEntry<LowbitGemmFn>& kernel = kernel_for(isa, key, args.m, args.digits);
   const int64_t panels = div_up(args.n, kPanel);

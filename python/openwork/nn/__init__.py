@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .embedding import LowbitEmbedding
 from .linear import LowbitLinear
+from .nm_linear import NmLinear
 from .sparse import ActiveLinear, LowRankLinear, SparseLinear, SparseLowRankLinear, SumLinear
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "LowRankLinear",
     "LowbitEmbedding",
     "LowbitLinear",
+    "NmLinear",
     "SparseLinear",
     "SparseLowRankLinear",
     "SumLinear",

@@ -9,19 +9,26 @@ from .attention import decode_attention
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+from .nm import compress_nm, expand_nm, nm_linear
+from .nm_training import nm_linear_ste, nm_mask
 from .sparse import compress_sparse, expand_sparse, sparse_linear
 from .sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
 
 __all__ = [
     "active_linear",
     "compress_block_sparse",
+    "compress_nm",
     "compress_sparse",
     "decode_attention",
     "decoder_layers",
     "expand_block_sparse",
+    "expand_nm",
     "expand_sparse",
     "lowbit_embedding",
     "lowbit_linear",
+    "nm_linear",
+    "nm_linear_ste",
+    "nm_mask",
     "pack_columns",
     "pack_lowbit",
     "pack_lowbit_columns",

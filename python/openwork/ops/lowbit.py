@@ -293,7 +293,7 @@ def check_lowbit(
 ) -> None:
     tags = layouts()
     check(
-        0 <= layout < len(tags),
+        0 <= layout < len(tags) and tags[layout].startswith("w"),
         f"{op}: layout must be one this build reads, got id {layout}; "
         "re-pack with openwork.pack_lowbit",
     )

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from . import activations, active, attention, block_sparse, decoder, lowbit, sparse, sparse_training
+from . import (
+    activations,
+    active,
+    attention,
+    block_sparse,
+    decoder,
+    lowbit,
+    nm,
+    sparse,
+    sparse_training,
+)
 from .case import Cost, OpCase, Reject, Sample, Workload
 
 CASES: tuple[OpCase, ...] = (
@@ -14,6 +24,7 @@ CASES: tuple[OpCase, ...] = (
     *sparse_training.CASES,
     *block_sparse.CASES,
     *active.CASES,
+    *nm.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
