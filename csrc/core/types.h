@@ -75,4 +75,20 @@ OW_INLINE void from_float(float value, f16* out) {
   out->bits = uint16_t(result | sign);
 }
 
+// Element i of an array whose type is known at run time only.
+OW_INLINE float read_float(const void* p, FloatType type, int64_t i) {
+  switch (type) {
+    case FloatType::f32: return static_cast<const float*>(p)[i];
+    case FloatType::bf16: return to_float(static_cast<const bf16*>(p)[i]);
+    default: return to_float(static_cast<const f16*>(p)[i]);
+  }
+}
+OW_INLINE void write_float(void* p, FloatType type, int64_t i, float value) {
+  switch (type) {
+    case FloatType::f32: return from_float(value, static_cast<float*>(p) + i);
+    case FloatType::bf16: return from_float(value, static_cast<bf16*>(p) + i);
+    default: return from_float(value, static_cast<f16*>(p) + i);
+  }
+}
+
 }  // namespace ow

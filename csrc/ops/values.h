@@ -16,14 +16,8 @@ inline void check_codes(const char* op, const char* name, const Tensor& tensor, 
 
 // `scales` is contiguous, of a float type.
 inline void check_finite(const char* op, const Tensor& scales) {
-  const void* p = scales.const_data_ptr();
   for (int64_t i = 0; i < scales.numel(); ++i) {
-    float value;
-    switch (float_type(scales)) {
-      case FloatType::f32: value = static_cast<const float*>(p)[i]; break;
-      case FloatType::bf16: value = to_float(static_cast<const bf16*>(p)[i]); break;
-      default: value = to_float(static_cast<const f16*>(p)[i]); break;
-    }
+    const float value = read_float(scales.const_data_ptr(), float_type(scales), i);
     OW_CHECK((float_to_bits(value) & 0x7fffffff) < 0x7f800000, op, ": scales must be finite, got ",
              value, " at element ", i);
   }

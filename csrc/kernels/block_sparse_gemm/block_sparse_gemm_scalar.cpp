@@ -4,22 +4,6 @@
 namespace ow {
 namespace {
 
-float read_float(const void* p, FloatType type, int64_t i) {
-  switch (type) {
-    case FloatType::f32: return static_cast<const float*>(p)[i];
-    case FloatType::bf16: return to_float(static_cast<const bf16*>(p)[i]);
-    default: return to_float(static_cast<const f16*>(p)[i]);
-  }
-}
-
-void write_float(void* p, FloatType type, int64_t i, float value) {
-  switch (type) {
-    case FloatType::f32: return from_float(value, static_cast<float*>(p) + i);
-    case FloatType::bf16: return from_float(value, static_cast<bf16*>(p) + i);
-    default: return from_float(value, static_cast<f16*>(p) + i);
-  }
-}
-
 // Tiles of one row: x is [m, k_padded].
 float output(const BlockSparseGemmArgs& a, int64_t i, int64_t n) {
   const int64_t row = n / a.block;

@@ -4,22 +4,6 @@
 namespace ow {
 namespace {
 
-float read_float(const void* p, FloatType type, int64_t i) {
-  switch (type) {
-    case FloatType::f32: return static_cast<const float*>(p)[i];
-    case FloatType::bf16: return to_float(static_cast<const bf16*>(p)[i]);
-    default: return to_float(static_cast<const f16*>(p)[i]);
-  }
-}
-
-void write_float(void* p, FloatType type, int64_t i, float value) {
-  switch (type) {
-    case FloatType::f32: return from_float(value, static_cast<float*>(p) + i);
-    case FloatType::bf16: return from_float(value, static_cast<bf16*>(p) + i);
-    default: return from_float(value, static_cast<f16*>(p) + i);
-  }
-}
-
 // The four codes of one lane at k .. k + 3, from a panel.
 void codes_at(const uint8_t* panel, int32_t bits, int64_t lane, int64_t k, uint8_t codes[4]) {
   const uint8_t* half =

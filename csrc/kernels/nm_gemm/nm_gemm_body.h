@@ -7,21 +7,6 @@
 namespace ow::OW_TARGET {
 namespace {
 
-OW_INLINE float read_float(const void* p, FloatType type, int64_t i) {
-  switch (type) {
-    case FloatType::f32: return static_cast<const float*>(p)[i];
-    case FloatType::bf16: return ow::to_float(static_cast<const bf16*>(p)[i]);
-    default: return ow::to_float(static_cast<const f16*>(p)[i]);
-  }
-}
-OW_INLINE void write_float(void* p, FloatType type, int64_t i, float value) {
-  switch (type) {
-    case FloatType::f32: return ow::from_float(value, static_cast<float*>(p) + i);
-    case FloatType::bf16: return ow::from_float(value, static_cast<bf16*>(p) + i);
-    default: return ow::from_float(value, static_cast<f16*>(p) + i);
-  }
-}
-
 // --- x in rows -----------------------------------------------------------------------------------
 //
 // float: [m, columns] fp32. int8: codes + 128 (the unsigned operand of vpdpbusd) in rows of

@@ -4,22 +4,6 @@
 namespace ow {
 namespace {
 
-float read_float(const void* p, FloatType type, int64_t i) {
-  switch (type) {
-    case FloatType::f32: return static_cast<const float*>(p)[i];
-    case FloatType::bf16: return to_float(static_cast<const bf16*>(p)[i]);
-    default: return to_float(static_cast<const f16*>(p)[i]);
-  }
-}
-
-void write_float(void* p, FloatType type, int64_t i, float value) {
-  switch (type) {
-    case FloatType::f32: return from_float(value, static_cast<float*>(p) + i);
-    case FloatType::bf16: return from_float(value, static_cast<bf16*>(p) + i);
-    default: return from_float(value, static_cast<f16*>(p) + i);
-  }
-}
-
 void prepare_rows(const SparseXArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < a.m; ++i) {
     for (int64_t k = begin; k < end; ++k) {
