@@ -126,7 +126,7 @@ def compress(
         shapes = leave_out(llama.to(dtype.torch), prune_with, pattern, storage)
         _save(llama, model, out, dtype, overwrite)
         print_pruning(pruning, out)
-        print_storage(shapes)
+        print_storage(shapes, dtype.value)
         return
     report = quant.quantize_model(
         llama,

@@ -121,14 +121,14 @@ def leave_out(
     return leave_out_zeros(model, pattern, when="always" if storage is Storage.sparse else "faster")
 
 
-def print_storage(shapes: tuple[ShapeReport, ...]) -> None:
-    """A row for each shape: times, sizes, and what was stored."""
+def print_storage(shapes: tuple[ShapeReport, ...], dtype: str) -> None:
+    """A row for each shape: times with activations in ``dtype``, sizes, and what was stored."""
     if not shapes:
         return
     table = Table(
         "shape", "linears", "1 token, dense", "sparse", "128 tokens, dense", "sparse",
         "bytes, dense", "sparse", "recommended", "stored",
-        title="with zeros (dense) and without (sparse); microseconds of a linear",
+        title=f"with zeros (dense) and without (sparse); microseconds of a linear in {dtype}",
     )  # fmt: skip
     for one in shapes:
         times = zip(one.seconds_dense, one.seconds_sparse, strict=True)
@@ -143,6 +143,9 @@ def print_storage(shapes: tuple[ShapeReport, ...]) -> None:
         )
     console = Console()
     console.print(table)
+    zeros = sum(one.bytes_dense for one in shapes)
+    held = sum(one.bytes_sparse if one.stored_sparse else one.bytes_dense for one in shapes)
+    console.print(f"these linears: {megabytes(zeros)} with zeros, {megabytes(held)} as stored")
     slower = [one for one in shapes if one.recommendation.startswith("dense")]
     if slower:
         console.print(
