@@ -1,14 +1,15 @@
 """Models on disk: a directory with ``config.json``, ``model.safetensors`` and tokenizer files.
 
 Names and configuration are Hugging Face's; quantized linears are in the "pack-quantized" format of
-the compressed-tensors library (:mod:`openwork.pack_quantized`). Fused linears are stored as the
-parts other libraries know (``q_proj``, ``k_proj``, ...). The packed layout the kernels read never
-reaches a file.
+the compressed-tensors library (:mod:`openwork.pack_quantized`), sparse ones in its "sparse-bitmask"
+and "sparse-24-bitmask" (:mod:`openwork.sparse_bitmask`). Fused linears are stored as the parts
+other libraries know (``q_proj``, ``k_proj``, ...). The packed layouts the kernels read never reach
+a file.
 
-Other libraries have no form for an embedding that shares the quantized weight of the head. Both are
-stored, the embedding as its rows in the model's dtype, and ``config.json`` says to those who know::
-
-    "openwork": {"embedding": "lm_head"}    the embedding equals the head: no need to read its rows
+That format has no place for both: beside quantized linears, sparse ones are stored with their
+zeros, as codes or as floats. Nor has it one for an embedding that shares the quantized weight of
+the head; both are stored, the embedding as its rows in the model's dtype. What a file cannot say in
+terms of others it says in ours (:mod:`openwork.own_keys`).
 """
 
 from __future__ import annotations
@@ -17,34 +18,34 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from openwork import sparse_bitmask
 from openwork.errors import FormatError
+from openwork.export import export
 from openwork.models.config import Fields, LlamaConfig, config_from_hf, config_to_hf
 from openwork.models.hf import SafetensorsWeights, read_json
 from openwork.models.llama import Llama
 from openwork.models.tokenizer import tokenizer_from_file
-from openwork.models.weights import Part, check_part, linear_parts, parameters, read_parts
+from openwork.models.weights import Part, check_part, is_linear, parameters, read_parts
 from openwork.nn import LowbitEmbedding, LowbitLinear
-from openwork.ops import pack_lowbit, unpack_lowbit
+from openwork.ops import pack_lowbit
 from openwork.ops.lowbit import Compute
+from openwork.own_keys import OwnKeys, own_keys
 from openwork.pack_quantized import (
     Scheme,
     find_scheme,
-    linear_to_tensors,
     read_linear,
     schemes_from_config,
-    schemes_to_config,
 )
+from openwork.prune.storage import sparse_linear, without_zeros
 from openwork.quant.grid import QuantizedTensor
-from openwork.sparse_bitmask import is_sparse, load_sparse
 from openwork.tensorfile import write_tensors
 
 # What makes up a tokenizer and its chat format, for this and other libraries.
@@ -56,9 +57,6 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-# In config.json, under "openwork": the embedding is the quantized weight of the head.
-_SHARED = {"embedding": "lm_head"}
-
 
 def save(
     model: Llama,
@@ -69,11 +67,12 @@ def save(
 ) -> None:
     """Write a model so that :func:`openwork.models.load` and other libraries can read it.
 
-    Quantized linears are written packed, everything else in the dtype it has. The directory appears
-    complete or not at all.
+    Quantized linears are written packed, sparse ones (:class:`~openwork.nn.NmLinear`,
+    :class:`~openwork.nn.SparseLinear`) without their zeros, everything else in the dtype it has.
+    The directory appears complete or not at all.
 
     Args:
-        model: dense, quantized, or partly so.
+        model: dense, quantized, sparse, or partly so.
         directory: to create; its parents too.
         source: the directory the model came from; its tokenizer files are copied. Without them,
             ``model.tokenizer`` is written, if there is one.
@@ -82,17 +81,11 @@ def save(
     Raises:
         FileExistsError: ``directory`` is not empty, or not a directory.
         OSError: it cannot be written; nothing has changed.
-        ValueError: the configuration has no Hugging Face form.
+        ValueError: the configuration has no Hugging Face form, or a sparse linear holds blocks or
+            scaled values, which have none.
     """
-    # A head that was quantized is its own tensor now, whatever the configuration said.
-    tied = model.config.tied_head and not isinstance(model.head, LowbitLinear)
-    config = replace(model.config, tied_head=tied)
-    tensors, schemes = _export(model, config)
-    values = config_to_hf(config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    if schemes:
-        values["quantization_config"] = schemes_to_config(schemes, config.layers)
-    if _shares_head(model):
-        values["openwork"] = _SHARED
+    config, tensors, said = export(model)
+    values = config_to_hf(config) | {"dtype": str(model.dtype).removeprefix("torch.")} | said
     with _replacing(Path(directory), overwrite) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
@@ -109,14 +102,15 @@ def load(
 ) -> Llama:
     """Load a model with "pack-quantized" linears; they become :class:`~openwork.nn.LowbitLinear`.
 
-    Also one with sparse weights (:mod:`openwork.sparse_bitmask`), which become dense.
+    Also one with sparse weights. Those that :func:`save` wrote become again what they were, with
+    values in the dtype of the file; those of other files become dense.
 
-    Everything is checked before it is used: names and shapes before any tensor is read, scales and
-    zeros before a weight is built.
+    Everything is checked before it is used: names and shapes before any tensor is read, scales,
+    zeros and patterns before a weight is built.
 
     Args:
         directory: with ``config.json`` (and its ``quantization_config``) and ``model.safetensors``.
-        dtype: of activations and of the weights that are not quantized.
+        dtype: of activations and of the weights that are not packed.
         compute: how the quantized linears multiply; see :func:`openwork.lowbit_linear`.
 
     Raises:
@@ -128,46 +122,103 @@ def load(
     values = read_json(path)
     config = config_from_hf(values, str(path))
     quantization = _quantization(Fields(values, str(path)))
-    if is_sparse(quantization):
-        return _with_tokenizer(load_sparse(directory, config, dtype), directory)
-    schemes = schemes_from_config(quantization)
-    weights = SafetensorsWeights(directory)
-    shared = _shared_in_file(values, str(path))
-    dense: dict[str, tuple[Part, ...]] = {}
-    packed: dict[str, tuple[tuple[Part, ...], Scheme]] = {}
-    for name, parts in parameters(config):
-        if shared and name == "embed.weight":
-            continue
-        if _is_linear(name, config) and weights.shape(f"{parts[0].name}_packed") is not None:
-            packed[name.removesuffix(".weight")] = parts, find_scheme(weights, parts, schemes)
-        else:
-            for part in parts:
-                check_part(weights, part)
-            dense[name] = parts
-    if shared and "head" not in packed:
+    sparse = sparse_bitmask.is_sparse(quantization)
+    schemes = [] if sparse else schemes_from_config(quantization)
+    own = own_keys(values, str(path))
+    file = SafetensorsWeights(directory)
+    weights = sparse_bitmask.BitmaskWeights(file)
+    plan = _plan(config, file, weights, schemes, own)
+    if own.shares_head and "head" not in plan.packed:
         raise FormatError(
             f"{path}: an untied head with lm_head.weight_packed expected, since the embedding is "
             "said to be lm_head; got none"
         )
     with torch.device("meta"):  # no time or memory for initial values
         model = Llama(config)
-    state = {name: read_parts(weights, parts, dtype) for name, parts in dense.items()}
+    state = {name: read_parts(weights, parts, dtype) for name, parts in plan.dense.items()}
     if config.tied_head:
         state["head.weight"] = state["embed.weight"]
-    for name, (parts, scheme) in packed.items():
-        parent, _, attribute = name.rpartition(".")
-        q = read_linear(weights, parts, scheme)
-        try:
-            weight = pack_lowbit(q.codes, q.scales, q.zeros, bits=q.bits, group_size=q.group_size)
-        except ValueError as error:  # rows longer than the kernels take
-            raise FormatError(f"{weights.where}: {name}: {error}") from error
-        linear = LowbitLinear(weight, state.get(f"{name}.bias"), compute)
-        setattr(model.get_submodule(parent), attribute, linear)
-        if shared and name == "head":
-            model.register_module("embed", LowbitEmbedding(weight, dtype))
+    for name, (parts, scheme) in plan.packed.items():
+        q, bias = read_linear(file, parts, scheme), state.get(f"{name}.bias")
+        with _blaming(f"{file.where}: {name}"):
+            linear = _packed_linear(q, bias, compute)
+            if own.shares_head and name == "head":
+                model.register_module("embed", LowbitEmbedding(linear.weight, dtype))
+            sparser = without_zeros(linear, own.sparse[name]) if name in own.sparse else None
+        _replace(model, name, sparser or linear)
+    for name, parts in plan.sparse.items():
+        weight = torch.cat([weights.read(part.name) for part in parts])
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            weight = weight.to(dtype)
+        with _blaming(f"{file.where}: {name}"):
+            _replace(
+                model, name, sparse_linear(weight, state.get(f"{name}.bias"), own.sparse[name])
+            )
     model.load_state_dict(state, assign=True)
     model.tie_head()
     return _with_tokenizer(model.eval().requires_grad_(False), directory)
+
+
+class _Plan(NamedTuple):
+    """What to make of the tensors of a file."""
+
+    dense: dict[str, tuple[Part, ...]]  # parameters
+    packed: dict[str, tuple[tuple[Part, ...], Scheme]]  # quantized linears
+    sparse: dict[str, tuple[Part, ...]]  # linears of float values
+
+
+def _plan(
+    config: LlamaConfig,
+    file: SafetensorsWeights,
+    weights: sparse_bitmask.BitmaskWeights,
+    schemes: list[Scheme],
+    own: OwnKeys,
+) -> _Plan:
+    """Look at every name and shape, and at no data.
+
+    Raises:
+        FormatError: a tensor is missing or of another shape, or our keys name what is no linear.
+    """
+    plan = _Plan({}, {}, {})
+    for name, parts in parameters(config):
+        if own.shares_head and name == "embed.weight":
+            continue
+        linear = name.removesuffix(".weight")
+        weighs = is_linear(name, config)
+        if weighs and file.shape(f"{parts[0].name}_packed") is not None:
+            plan.packed[linear] = parts, find_scheme(file, parts, schemes)
+            continue
+        for part in parts:
+            check_part(weights, part)
+        if weighs and linear in own.sparse:
+            plan.sparse[linear] = parts
+        else:
+            plan.dense[name] = parts
+    unknown = own.sparse.keys() - plan.packed.keys() - plan.sparse.keys()
+    if unknown:
+        raise FormatError(
+            f"{file.where}: openwork.sparse: names of linears expected, got {min(unknown)!r}"
+        )
+    return plan
+
+
+def _packed_linear(q: QuantizedTensor, bias: Tensor | None, compute: Compute) -> LowbitLinear:
+    weight = pack_lowbit(q.codes, q.scales, q.zeros, bits=q.bits, group_size=q.group_size)
+    return LowbitLinear(weight, bias, compute)
+
+
+def _replace(model: Llama, name: str, linear: torch.nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, linear)
+
+
+@contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """What packing refuses (a row too long, a weight without its pattern) is the file's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
 
 
 def _quantization(fields: Fields) -> Fields:
@@ -180,72 +231,6 @@ def _with_tokenizer(model: Llama, directory: Path) -> Llama:
     if (directory / "tokenizer.json").exists():
         model.tokenizer = tokenizer_from_file(directory / "tokenizer.json")
     return model
-
-
-def _shares_head(model: Llama) -> bool:
-    """Whether the embedding is the quantized weight of the head."""
-    embed, head = model.get_submodule("embed"), model.get_submodule("head")
-    both = isinstance(embed, LowbitEmbedding) and isinstance(head, LowbitLinear)
-    return both and embed.weight is head.weight
-
-
-def _shared_in_file(values: Mapping[str, Any], where: str) -> bool:
-    """The same of a file, by its ``config.json``.
-
-    Raises:
-        FormatError: it says what this version does not know.
-    """
-    found = values.get("openwork")
-    if found not in (None, _SHARED):
-        raise FormatError(f"{where}: openwork = {_SHARED} or none expected, got {found!r}")
-    return found is not None
-
-
-def _is_linear(name: str, config: LlamaConfig) -> bool:
-    """Whether a parameter is the weight of a linear (and not the embedding, a norm or a bias)."""
-    linears = ("head", *linear_parts(config, 0))
-    return any(name.endswith(f"{linear}.weight") for linear in linears)
-
-
-def _export(model: Llama, config: LlamaConfig) -> tuple[dict[str, Tensor], dict[Scheme, list[str]]]:
-    """All tensors of the file, and the names of the linears of each scheme."""
-    tensors: dict[str, Tensor] = {}
-    schemes: dict[Scheme, list[str]] = {}
-    for name, parts in parameters(config):
-        owner, _, kind = name.rpartition(".")
-        module = model.get_submodule(owner)
-        rows = [part.shape[0] for part in parts]
-        if kind == "weight" and isinstance(module, LowbitLinear):
-            for part, q in zip(parts, _split_rows(module, rows), strict=True):
-                scheme, stored = linear_to_tensors(part.name, q)
-                tensors |= stored
-                schemes.setdefault(scheme, []).append(part.name.removesuffix(".weight"))
-        else:
-            if isinstance(module, LowbitEmbedding):
-                whole = module(torch.arange(module.num_embeddings))
-            else:
-                whole = getattr(module, kind).detach()
-            for part, tensor in zip(parts, torch.split(whole, rows), strict=True):
-                # The file format wants tensors that share no memory.
-                tensors[part.name] = tensor.contiguous() if len(parts) == 1 else tensor.clone()
-    return tensors, schemes
-
-
-def _split_rows(linear: LowbitLinear, rows: list[int]) -> list[QuantizedTensor]:
-    """The weight of a linear, cut into pieces of so many rows."""
-    weight = linear.weight
-    codes, scales, zeros = unpack_lowbit(weight)
-    ends = torch.tensor(rows).cumsum(0).tolist()
-    return [
-        QuantizedTensor(
-            codes=codes[end - count : end],
-            scales=scales[end - count : end],
-            zeros=None if zeros is None else zeros[end - count : end],
-            bits=weight.bits,
-            group_size=weight.group_size,
-        )
-        for count, end in zip(rows, ends, strict=True)
-    ]
 
 
 @contextmanager

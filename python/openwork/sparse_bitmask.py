@@ -1,7 +1,8 @@
 """Weights in the "sparse-bitmask" and "sparse-24-bitmask" formats of compressed-tensors.
 
-That library has neither written nor read them since March 2026. A tensor ``X.weight [n, k]`` is
-stored as the values that are kept, row by row, and a bit for each of its places::
+That library has neither written nor read them since March 2026; its earlier versions do. A tensor
+``X.weight [n, k]`` is stored as the values that are kept, row by row, and a bit for each of its
+places::
 
     X.compressed   float [values]             in sparse-24-bitmask [n, k / 2]
     X.bitmask      uint8 [n, ceil(k / 8)]     bit c % 8 of byte c // 8, lowest first: is (r, c) kept
@@ -20,17 +21,15 @@ regular expressions from an untrusted file, are never run.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openwork.errors import FormatError
-from openwork.models.config import Fields, LlamaConfig
+from openwork.models.config import Fields
 from openwork.models.hf import SafetensorsWeights
-from openwork.models.llama import Llama
-from openwork.models.weights import build
 
 # "dense": a sparse model stored with its zeros.
 _FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "dense")
@@ -56,14 +55,63 @@ def is_sparse(quantization: Fields) -> bool:
     return True
 
 
-def load_sparse(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> Llama:
-    """Load a model with such weights; they become dense, with zeros.
+def linear_to_tensors(name: str, weight: Tensor, *, two_of_four: bool) -> dict[str, Tensor]:
+    """What to store for a linear whose dense weight would be called ``name``.
 
-    Raises:
-        OSError: a file is missing or unreadable.
-        FormatError: one is damaged, or its tensors do not fit the configuration.
+    Args:
+        name: ends in ``.weight``.
+        weight: ``[n, k]`` of any float dtype; what is not zero is kept.
+        two_of_four: in sparse-24-bitmask: ``k`` is a multiple of 4, and of every 4 neighbouring
+            columns of ``weight`` at most 2 are not zero.
+
+    Example:
+        >>> tensors = linear_to_tensors("X.weight", torch.eye(2, 8), two_of_four=True)
+        >>> {name: list(tensor.shape) for name, tensor in tensors.items()}
+        {'X.compressed': [2, 4], 'X.bitmask': [2, 1], 'X.shape': [2, 1]}
     """
-    return build(config, BitmaskWeights(SafetensorsWeights(directory)), dtype)
+    n, k = weight.shape
+    keep = weight != 0
+    if two_of_four:
+        # Where fewer are kept, the first zeros of the 4 are stored too.
+        blocks = keep.view(n, -1, 4).to(torch.uint8)
+        first = blocks.argsort(dim=2, descending=True, stable=True)[..., :2]
+        keep = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, first, True).view(n, k)
+    stored = name.removesuffix(".weight")
+    values = weight[keep]
+    bits = np.packbits(keep.numpy(), axis=-1, bitorder="little")
+    tensors = {
+        f"{stored}.compressed": values.view(n, k // 2) if two_of_four else values,
+        f"{stored}.bitmask": torch.from_numpy(bits),
+        f"{stored}.shape": torch.tensor([[n], [k]] if two_of_four else [n, k]),
+    }
+    if not two_of_four:
+        counts = keep.sum(1)
+        tensors[f"{stored}.row_offsets"] = counts.cumsum(0) - counts
+    return tensors
+
+
+def to_config(
+    *, two_of_four: bool, structure: str, sparsity: float, dense: list[str]
+) -> dict[str, Any]:
+    """The ``quantization_config`` of a model with such linears.
+
+    Args:
+        two_of_four: they are in sparse-24-bitmask.
+        structure: ``"2:4"``, another N:M, or ``"unstructured"``.
+        sparsity: share of zeros among the weights of these linears.
+        dense: the other linears, such as ``"lm_head"``.
+    """
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "sparsity_config": {
+            "format": "sparse-24-bitmask" if two_of_four else "sparse-bitmask",
+            "global_sparsity": sparsity,
+            "sparsity_structure": structure,
+            "targets": ["Linear"],
+            "ignore": dense,
+        },
+    }
 
 
 class BitmaskWeights:

@@ -13,7 +13,8 @@ from models.checkpoints import random_model, write_directory, write_tokenizer
 
 import openwork
 from openwork import models
-from openwork.nn import LowbitLinear
+from openwork.nn import LowbitLinear, NmLinear
+from openwork.prune import speed
 
 from .conftest import Run
 
@@ -78,9 +79,11 @@ def test_compress_prunes(
 ) -> None:
     out = tmp_path / "out"
     data = ("--calibration", text_file, "--samples", 4, "--length", 24)
-    report = run("compress", directory, out, *options, *data, "--dtype", "float32")
+    stored = ("--storage", "dense", "--dtype", "float32")
+    report = run("compress", directory, out, *options, *data, *stored)
     assert "weights removed from the layers │ 50.0%" in report
     assert "gate_up" in report
+    assert "recommended" not in report
     loaded = models.load(out)
     down = loaded.layers[1].mlp.down
     if "--bits" in options:
@@ -90,6 +93,36 @@ def test_compress_prunes(
         assert float(zeros) == pytest.approx(0.5, abs=0.05)
     shown = run("eval", out, "--reference", directory, "--text", text_file, "--json")
     assert json.loads(shown)["kl"] > 0
+
+
+@pytest.mark.parametrize("storage", ["sparse", "auto"])
+def test_compress_leaves_zeros_out(
+    run: Run,
+    directory: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(speed, "_seconds", lambda *_: (1e-6, 2e-6))  # sparse is slower
+    options = ("--prune", "magnitude", "--pattern", "2:4")
+    run("compress", directory, tmp_path / "zeros", *options, "--storage", "dense")
+    report = run("compress", directory, tmp_path / "out", *options, "--storage", storage)
+    assert "dense; sparse is slower at both" in report
+    assert "3 of 3 shapes are faster dense" in report
+    smaller, larger = (
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "zeros")
+    )
+    sparse = storage == "sparse"
+    assert (smaller < larger) == sparse
+    assert isinstance(models.load(tmp_path / "out").layers[1].mlp.down, NmLinear) == sparse
+    shown = run("generate", tmp_path / "out", "--prompt", "the", "--max-new-tokens", 3)
+    assert shown == run("generate", tmp_path / "zeros", "--prompt", "the", "--max-new-tokens", 3)
+    shown = run(
+        "eval", tmp_path / "out", "--reference", tmp_path / "zeros", "--text", text_file, "--json"
+    )
+    assert json.loads(shown)["kl"] < 1e-6
 
 
 @pytest.mark.parametrize("method", ["flap", "llm_pruner"])

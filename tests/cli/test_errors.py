@@ -134,7 +134,9 @@ def test_bad_compress_options(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--pattern", "2:4"), "--pattern and --sparsity need --prune"),
+        (("--pattern", "2:4"), "--pattern, --sparsity and --storage need --prune"),
+        (("--storage", "sparse"), "--pattern, --sparsity and --storage need --prune"),
+        (("--prune", "flap", "--sparsity", 0.2, "--storage", "dense"), "flap leaves no zeros"),
         (("--prune", "wanda"), "--prune needs --pattern or --sparsity"),
         (("--prune", "wanda", "--pattern", "2:4", "--sparsity", 0.5), "one of them"),
         (("--prune", "flap", "--pattern", "2:4"), "--prune flap needs --sparsity"),

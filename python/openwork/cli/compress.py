@@ -15,7 +15,15 @@ from openwork.cli.calibration import calibration_tokens
 from openwork.cli.error_table import error_table, megabytes
 from openwork.cli.files import check_writable, read_text
 from openwork.cli.options import Dtype, ModelPath, Threads, load_model, set_threads
-from openwork.cli.pruning import PruneMethod, check_pruning, print_pruning, prune
+from openwork.cli.pruning import (
+    PruneMethod,
+    Storage,
+    check_pruning,
+    leave_out,
+    print_pruning,
+    print_storage,
+    prune,
+)
 from openwork.models import Llama
 from openwork.models.demo import fetch_text
 from openwork.quant import Grid, QuantizationReport
@@ -66,6 +74,13 @@ def compress(
         float | None,
         typer.Option(min=0, max=1, help="Share of weights to remove, in place of --pattern."),
     ] = None,
+    storage: Annotated[
+        Storage | None,
+        typer.Option(
+            help="Of pruned weights: without zeros (sparse), with them, or what is faster here.",
+            show_default="auto",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Sample text, UTF-8.", show_default="Wikipedia articles"),
@@ -93,7 +108,7 @@ def compress(
 ) -> None:
     """Quantize or prune a model and write a directory that eval and generate read."""
     _check_grid(bits, group_size, head_bits)
-    check_pruning(prune_with, pattern, sparsity, bits)
+    check_pruning(prune_with, pattern, sparsity, bits, storage)
     _check_out(out, overwrite)
     set_threads(threads)
     # In float32, whatever it is written in: the algorithms and their statistics work in it.
@@ -108,8 +123,10 @@ def compress(
     if prune_with is not None:
         grid = None if bits is None else Grid(bits, group_size or None, symmetric)
         pruning = prune(llama, prune_with, pattern, sparsity, tokens, grid, resume)
+        shapes = leave_out(llama.to(dtype.torch), prune_with, pattern, storage)
         _save(llama, model, out, dtype, overwrite)
         print_pruning(pruning, out)
+        print_storage(shapes, dtype.value)
         return
     report = quant.quantize_model(
         llama,

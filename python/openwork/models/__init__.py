@@ -33,7 +33,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
         path: a GGUF file, or a directory with ``config.json``, ``model.safetensors`` (or shards and
             their index) and ``tokenizer.json``; dense, quantized by :mod:`openwork.checkpoint`, or
             sparse in a format of :mod:`openwork.sparse_bitmask`.
-        dtype: of the weights and activations.
+        dtype: of the activations, and of the weights that are neither quantized nor held without
+            their zeros.
 
     Returns:
         The model, in eval mode and without gradients. ``model.tokenizer`` is None where there is

@@ -101,6 +101,12 @@ def parameters(config: LlamaConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
         yield "head.weight", (Part("lm_head.weight", (config.vocab_size, d)),)
 
 
+def is_linear(name: str, config: LlamaConfig) -> bool:
+    """Whether a parameter is the weight of a linear (and not the embedding, a norm or a bias)."""
+    linears = ("head", *linear_parts(config, 0))
+    return any(name.endswith(f"{linear}.weight") for linear in linears)
+
+
 def check_part(source: WeightSource, part: Part) -> None:
     """Check that ``source`` has ``part``.
 

@@ -20,6 +20,7 @@ from openwork.prune.pruned import PrunedTensor
 from openwork.prune.report import LinearReport, PruningReport
 from openwork.prune.sltrain import SparseLowRankLinear
 from openwork.prune.sparsegpt import sparsegpt
+from openwork.prune.speed import ShapeReport, leave_out_zeros
 from openwork.prune.sr_ste import FineTuneReport, SrSteLinear, sr_ste
 from openwork.prune.wanda import wanda
 
@@ -36,6 +37,7 @@ __all__ = [
     "Pattern",
     "PrunedTensor",
     "PruningReport",
+    "ShapeReport",
     "SparseLowRankLinear",
     "SrSteLinear",
     "Stage",
@@ -48,6 +50,7 @@ __all__ = [
     "keep_layer",
     "keep_nm",
     "keep_rows",
+    "leave_out_zeros",
     "llm_pruner",
     "magnitude",
     "prune_model",

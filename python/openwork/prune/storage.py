@@ -1,11 +1,11 @@
-"""Putting a pruned weight into a model, and what it would take stored without its zeros."""
+"""Putting a pruned weight into a model, with its zeros or without them."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from openwork.nn import LowbitLinear
-from openwork.ops import pack_lowbit
+from openwork.nn import LowbitLinear, NmLinear, SparseLinear
+from openwork.ops import compress_nm, compress_sparse, pack_lowbit, unpack_lowbit
 from openwork.ops.lowbit import Compute
 from openwork.prune.masks import NM, Pattern
 from openwork.prune.pruned import PrunedTensor
@@ -66,3 +66,66 @@ def sparse_bytes(pruned: PrunedTensor, pattern: Pattern, itemsize: int) -> int:
         return index + kept * itemsize
     zeros = 0 if q.zeros is None else -(-q.zeros.numel() * q.bits // 8)
     return index + -(-kept * q.bits // 8) + q.scales.nbytes + zeros
+
+
+def sparse_linear(
+    weight: Tensor, bias: Tensor | None, pattern: NM | None
+) -> NmLinear | SparseLinear:
+    """A linear that neither stores nor multiplies by the zeros of ``weight``.
+
+    Args:
+        weight: ``[n, k]`` float32 or bfloat16; what is not zero is kept.
+        bias: ``[n]``, dtype of the activations, or None.
+        pattern: an N:M with M = 4, 8, 16 or 32 and sets of 1, 8, 16 or 32 rows, which
+            :func:`openwork.compress_nm` takes, gives a :class:`~openwork.nn.NmLinear`; any other,
+            or None for zeros anywhere, a :class:`~openwork.nn.SparseLinear`.
+
+    Raises:
+        ValueError: another dtype, or a weight that does not have the pattern.
+
+    Example:
+        >>> import torch
+        >>> sparse_linear(torch.eye(16), None, NM(2, 4))
+        NmLinear(in_features=16, out_features=16, pattern=2:4, vector=1, bits=32, compute='float')
+    """
+    if pattern is None or not _has_kernel(pattern):
+        return SparseLinear(compress_sparse(weight), bias)
+    packed = compress_nm(weight, (pattern.n, pattern.m), vector=pattern.vector)
+    return NmLinear(packed, bias)
+
+
+def without_zeros(
+    linear: nn.Linear | LowbitLinear, pattern: NM | None
+) -> NmLinear | SparseLinear | None:
+    """A pruned linear in the form that does not store its zeros, or None where there is none.
+
+    A dense one becomes what :func:`sparse_linear` makes of it. A low-bit one becomes an
+    :class:`~openwork.nn.NmLinear` with the same codes, if they are symmetric of 4 or 8 bits in
+    groups of 32 or more, and the pattern is one of :func:`openwork.compress_nm`.
+
+    Raises:
+        ValueError: the weight does not have the pattern.
+    """
+    bias = None if linear.bias is None else linear.bias.detach()
+    if isinstance(linear, nn.Linear):
+        return sparse_linear(linear.weight.detach(), bias, pattern)
+    w = linear.weight
+    if pattern is None or not _has_kernel(pattern):
+        return None
+    if w.zeros is not None or w.bits not in (4, 8) or w.group_size < 32:
+        return None
+    codes, scales, _ = unpack_lowbit(w)
+    packed = compress_nm(
+        codes,
+        (pattern.n, pattern.m),
+        vector=pattern.vector,
+        scales=scales,
+        bits=w.bits,
+        group_size=w.group_size,
+    )
+    return NmLinear(packed, bias, linear.compute)
+
+
+def _has_kernel(pattern: NM) -> bool:
+    """Whether :func:`openwork.compress_nm` takes a pattern."""
+    return pattern.m in (4, 8, 16, 32) and pattern.vector in (1, 8, 16, 32)
