@@ -1,4 +1,4 @@
-// What the linears over sparse weights share: the checks of their layout, shape, x, bias and add.
+// What linears share: the checks of their layout, shape, x, bias and add.
 #pragma once
 
 #include "core/layout.h"

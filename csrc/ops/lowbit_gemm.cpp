@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "kernels/quantize/quantize.h"
+#include "ops/linear.h"
 #include "ops/values.h"
 
 namespace ow {
@@ -18,11 +19,7 @@ const LayoutInfo* check_layout(const char* op, int64_t layout) {
 
 LowbitWeight check_lowbit_geometry(const char* op, const LayoutInfo* layout, int64_t n, int64_t k,
                                    int64_t group_size) {
-  OW_CHECK(n >= 1 && k >= 1, op, ": weight must have at least one row and one column, got n = ", n,
-           ", k = ", k);
-  constexpr int64_t kMaxSide = int64_t{1} << 31;
-  OW_CHECK(n < kMaxSide && k < kMaxSide, op,
-           ": weight must have fewer than 2^31 rows and columns, ", "got n = ", n, ", k = ", k);
+  check_weight_size(op, n, k);
   OW_CHECK(group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128 ||
                group_size == k,
            op, ": group_size must be 16, 32, 64, 128 or k = ", k, ", got ", group_size);
@@ -126,23 +123,11 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
                      const std::optional<Tensor>& add, int64_t layout, int64_t n, int64_t k,
                      int64_t group_size, int64_t compute) {
   constexpr const char* kOp = "lowbit_linear";
-  check_float(kOp, "x", x_any);
-  OW_CHECK(x_any.dim() >= 1 && x_any.size(-1) == k, kOp, ": x must have last dimension k = ", k,
-           " (from weight), got ", shape_text(x_any));
+  check_linear_x(kOp, x_any, k);
   const LowbitWeight w = check_lowbit_geometry(kOp, check_layout(kOp, layout), n, k, group_size);
   check_lowbit_tensors(kOp, w, packed, scales, or_null(zeros));
   check_compute(kOp, compute);
-  const ScalarType dtype = x_any.scalar_type();
-  if (bias.has_value()) {
-    check_operand(kOp, "bias", *bias, dtype, {n});
-  }
-  Tensor y = empty_with_last(kOp, x_any, n, dtype);
-  if (add.has_value()) {
-    check_dtype(kOp, "add", *add, dtype);
-    OW_CHECK(same_shape(*add, y), kOp, ": add must have shape ", shape_text(y), ", got ",
-             shape_text(*add));
-    check_contiguous(kOp, "add", *add);
-  }
+  Tensor y = linear_result(kOp, x_any, n, or_null(bias), or_null(add));
   const int64_t m = y.numel() / n;
   if (m == 0) return y;
   const Tensor x = as_contiguous(x_any);

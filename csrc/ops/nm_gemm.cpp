@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "kernels/quantize/quantize.h"
+#include "ops/linear.h"
 #include "ops/values.h"
 
 namespace ow {
@@ -112,9 +113,7 @@ Tensor nm_linear(const Tensor& x_any, const Tensor& values, const Tensor& index,
                  const std::optional<Tensor>& add, int64_t layout, int64_t n, int64_t k,
                  int64_t kept, int64_t block, int64_t vector, int64_t group_size, int64_t compute) {
   constexpr const char* kOp = "nm_linear";
-  check_float(kOp, "x", x_any);
-  OW_CHECK(x_any.dim() >= 1 && x_any.size(-1) == k, kOp, ": x must have last dimension k = ", k,
-           " (from weight), got ", shape_text(x_any));
+  check_linear_x(kOp, x_any, k);
   const int64_t bits = check_layout(kOp, layout);
   const NmWeight w = check_geometry(kOp, n, k, kept, block, vector, bits, group_size);
   check_tensors(kOp, w, values, index, or_null(scales));
@@ -122,15 +121,7 @@ Tensor nm_linear(const Tensor& x_any, const Tensor& values, const Tensor& index,
            w.is_int() ? ": compute must be 0 (float) or 1 (int8), got "
                       : ": compute must be 0 (float) for values of 16 and 32 bits, got ",
            compute);
-  const ScalarType dtype = x_any.scalar_type();
-  if (bias.has_value()) check_operand(kOp, "bias", *bias, dtype, {n});
-  Tensor y = empty_with_last(kOp, x_any, n, dtype);
-  if (add.has_value()) {
-    check_dtype(kOp, "add", *add, dtype);
-    OW_CHECK(same_shape(*add, y), kOp, ": add must have shape ", shape_text(y), ", got ",
-             shape_text(*add));
-    check_contiguous(kOp, "add", *add);
-  }
+  Tensor y = linear_result(kOp, x_any, n, or_null(bias), or_null(add));
   const int64_t m = y.numel() / n;
   if (m == 0) return y;
   const Tensor x = as_contiguous(x_any);
@@ -164,7 +155,7 @@ Tensor nm_linear(const Tensor& x_any, const Tensor& values, const Tensor& index,
   args.bias = const_data(or_null(bias));
   args.add = const_data(or_null(add));
   args.y = y.mutable_data_ptr();
-  args.y_type = float_type(dtype);
+  args.y_type = float_type(x);
   nm_gemm(args, isa, parallel);
   return y;
 }

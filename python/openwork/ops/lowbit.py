@@ -15,11 +15,14 @@ from .checks import (
     check_contiguous,
     check_dtype,
     check_float,
+    check_linear_x,
     check_operand,
     check_result_rank,
     check_shape,
+    check_weight_size,
     dtype_name,
     is_float,
+    linear_result,
 )
 
 Compute = Literal["float", "int8"]
@@ -229,14 +232,7 @@ def _packed_shape(bits: int, n: int, k: int) -> list[int]:
 
 
 def _groups(op: str, n: int, k: int, group_size: int) -> int:
-    check(
-        n >= 1 and k >= 1,
-        f"{op}: weight must have at least one row and one column, got n = {n}, k = {k}",
-    )
-    check(
-        n < 2**31 and k < 2**31,
-        f"{op}: weight must have fewer than 2^31 rows and columns, got n = {n}, k = {k}",
-    )
+    check_weight_size(op, n, k)
     check(
         group_size in (16, 32, 64, 128, k),
         f"{op}: group_size must be 16, 32, 64, 128 or k = {k}, got {group_size}",
@@ -263,22 +259,13 @@ def _lowbit_linear_fake(
     compute: int,
 ) -> Tensor:
     op = "lowbit_linear"
-    check_float(op, "x", x)
-    check(
-        x.dim() >= 1 and x.shape[-1] == k,
-        f"{op}: x must have last dimension k = {k} (from weight), got {list(x.shape)}",
-    )
+    check_linear_x(op, x, k)
     check_lowbit(op, packed, scales, zeros, layout, n, k, group_size)
     check(
         compute in _COMPUTE_IDS.values(),
         f"{op}: compute must be 0 (float) or 1 (int8), got {compute}",
     )
-    if bias is not None:
-        check_operand(op, "bias", bias, x.dtype, [n])
-    check_result_rank(op, x)
-    if add is not None:
-        check_operand(op, "add", add, x.dtype, [*x.shape[:-1], n])
-    return x.new_empty((*x.shape[:-1], n))
+    return linear_result(op, x, n, bias, add)
 
 
 def check_lowbit(

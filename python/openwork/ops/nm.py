@@ -12,9 +12,10 @@ from .checks import (
     check_contiguous,
     check_dtype,
     check_float,
+    check_linear_x,
     check_operand,
-    check_result_rank,
     check_shape,
+    linear_result,
 )
 from .lowbit import Compute
 
@@ -275,11 +276,7 @@ def _nm_linear_fake(
     compute: int,
 ) -> Tensor:
     op = "nm_linear"
-    check_float(op, "x", x)
-    check(
-        x.dim() >= 1 and x.shape[-1] == k,
-        f"{op}: x must have last dimension k = {k} (from weight), got {list(x.shape)}",
-    )
+    check_linear_x(op, x, k)
     bits = _check_nm(op, values, index, scales, layout, n, k, kept, block, vector, group_size)
     if bits > 8:
         check(
@@ -287,12 +284,7 @@ def _nm_linear_fake(
             f"{op}: compute must be 0 (float) for values of 16 and 32 bits, got {compute}",
         )
     check(compute in (0, 1), f"{op}: compute must be 0 (float) or 1 (int8), got {compute}")
-    if bias is not None:
-        check_operand(op, "bias", bias, x.dtype, [n])
-    check_result_rank(op, x)
-    if add is not None:
-        check_operand(op, "add", add, x.dtype, [*x.shape[:-1], n])
-    return x.new_empty((*x.shape[:-1], n))
+    return linear_result(op, x, n, bias, add)
 
 
 @torch.library.register_fake("openwork::compress_nm")
