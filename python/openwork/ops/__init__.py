@@ -6,9 +6,11 @@ from .. import _native  # noqa: F401  loads the library the overloads are taken 
 from .activations import rms_norm, rope, rope_append, silu_mul
 from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .attention import decode_attention
+from .block_attention import block_attention
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+from .merge_states import merge_states
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
 from .sparse import compress_sparse, expand_sparse, sparse_linear
@@ -16,6 +18,7 @@ from .sparse_training import sparse_linear_train, sparse_values_grad, transposed
 
 __all__ = [
     "active_linear",
+    "block_attention",
     "compress_block_sparse",
     "compress_nm",
     "compress_sparse",
@@ -26,6 +29,7 @@ __all__ = [
     "expand_sparse",
     "lowbit_embedding",
     "lowbit_linear",
+    "merge_states",
     "nm_linear",
     "nm_linear_ste",
     "nm_mask",
