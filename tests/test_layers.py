@@ -63,10 +63,11 @@ INCLUDE_RULES = (
 IMPORT_RULES = {
     "_native": set(),
     "packing": {"_host", "_native"},
-    "ops": {"_native", "packing"},
+    "block_index": set(),
+    "ops": {"_native", "block_index", "packing"},
     "nn": {"ops", "packing"},
     "errors": set(),
-    "testing": {"_native", "ops", "packing"},
+    "testing": {"_native", "block_index", "ops", "packing"},
 }
 # Only the part itself (and tests and bench) may import these.
 CLOSED = {"testing", "integrations", "cli", "_kernels"}
