@@ -6,6 +6,8 @@ from .. import _native  # noqa: F401  loads the library the overloads are taken 
 from .activations import rms_norm, rope, rope_append, silu_mul
 from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .attention import decode_attention
+from .attention_scores import block_means, hierarchical_topk, line_scores
+from .block_index import block_index, largest
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
@@ -16,6 +18,8 @@ from .sparse_training import sparse_linear_train, sparse_values_grad, transposed
 
 __all__ = [
     "active_linear",
+    "block_index",
+    "block_means",
     "compress_block_sparse",
     "compress_nm",
     "compress_sparse",
@@ -24,6 +28,9 @@ __all__ = [
     "expand_block_sparse",
     "expand_nm",
     "expand_sparse",
+    "hierarchical_topk",
+    "largest",
+    "line_scores",
     "lowbit_embedding",
     "lowbit_linear",
     "nm_linear",

@@ -1,0 +1,7 @@
+#include "kernels/block_scores/block_scores_body.h"
+
+namespace ow {
+
+const BlockScoresKernels block_scores_avx2 = {avx2::means_any, avx2::pack_any, avx2::score_any};
+
+}  // namespace ow
