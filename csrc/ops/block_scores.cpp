@@ -90,9 +90,12 @@ std::tuple<Tensor, Tensor> hierarchical_topk(const Tensor& q, const Tensor& k,
   args.blocks = static_cast<uint8_t*>(blocks.mutable_data_ptr());
   args.scored = static_cast<int32_t*>(scored.mutable_data_ptr());
   const Parallel parallel = torch_parallel();
+  const int64_t samples = hip_search_samples(args);
   const int64_t bytes = hip_search_scratch(args, parallel);
-  const Workspace workspace(Scratch::bytes_for(bytes));
-  args.scratch = workspace.scratch().take<uint8_t>(bytes);
+  const Workspace workspace(Scratch::bytes_for(samples * 4) + Scratch::bytes_for(bytes));
+  Scratch scratch = workspace.scratch();
+  args.sampled = scratch.take<float>(samples);
+  args.scratch = scratch.take<uint8_t>(bytes);
   hip_search(args, active_isa(), parallel);
   return {blocks, scored};
 }

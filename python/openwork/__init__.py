@@ -17,7 +17,7 @@ from .ops.sparse import compress_sparse, expand_sparse, sparse_linear
 from .packing import BlockSparseWeight, ColumnWeight, NmWeight, PackedWeight, SparseWeight
 
 # These build on the names above.
-from . import checkpoint, models, prune, quant  # isort: skip
+from . import attention, checkpoint, models, prune, quant  # isort: skip
 from .checkpoint import save
 from .evaluation import evaluate
 from .models import generate, load
@@ -32,6 +32,7 @@ __all__ = [
     "PackedWeight",
     "SparseWeight",
     "active_linear",
+    "attention",
     "checkpoint",
     "compress_block_sparse",
     "compress_nm",

@@ -126,23 +126,31 @@ void mark_largest(const LargestArgs& a, int64_t row) {
     for (int64_t i = 0; i < a.n; ++i) marks[i] = ordered(scores[i]) > kMinusInfinity;
     return;
   }
-  uint32_t smallest = 0;  // its bits so far
-  for (int shift = 32 - kRadixBits; shift >= 0; shift -= kRadixBits) {
+  uint32_t smallest = 0;  // of the chosen: its bits so far
+  bool all_of_it = false;
+  for (int shift = 32 - kRadixBits; shift >= 0 && !all_of_it; shift -= kRadixBits) {
     double sums[kBuckets] = {};
+    int32_t counts[kBuckets] = {};
     for (int64_t i = 0; i < a.n; ++i) {
       const uint32_t key = ordered(scores[i]);
       const bool among = shift == 32 - kRadixBits || (key ^ smallest) >> (shift + kRadixBits) == 0;
-      if (among) sums[(key >> shift) & (kBuckets - 1)] += weight_of(a, scores[i]);
+      if (!among) continue;
+      const int bucket = (key >> shift) & (kBuckets - 1);
+      sums[bucket] += weight_of(a, scores[i]);
+      ++counts[bucket];
     }
     int bucket = kBuckets - 1;
     while (bucket > 0 && sums[bucket] < missing) missing -= sums[bucket--];
     smallest |= uint32_t(bucket) << shift;
+    all_of_it = missing > 0.0 && (counts[bucket] == 1 || (!a.by_mass && sums[bucket] == missing));
   }
+  // Equal scores are told apart by their place, unless all that begin with these bits are chosen.
   for (int64_t i = 0; i < a.n; ++i) {
     const uint32_t key = ordered(scores[i]);
-    const bool last = key == smallest && missing > 0.0 && key > kMinusInfinity;
+    const bool last = key == smallest && missing > 0.0;
     if (last) missing -= weight_of(a, scores[i]);
-    marks[i] = key > smallest || last;
+    const bool chosen = all_of_it ? key >= smallest : key > smallest || last;
+    marks[i] = chosen && key > kMinusInfinity;
   }
 }
 

@@ -120,9 +120,8 @@ void search_unit(const HipSearchArgs& a, const BlockScoresKernels& kernels, cons
   const SearchRow row = {static_cast<const uint8_t*>(a.q) +
                              size * (a.queries.begin(s, a.q_stride_b, a.q_stride_token) +
                                      head * a.q_stride_head + r * a.block_m * a.q_stride_token),
-                         static_cast<const uint8_t*>(a.k_data) +
-                             size * (a.keys.begin(s, a.k_stride_b, a.k_stride_token) +
-                                     head / (a.heads / a.kv_heads) * a.k_stride_head),
+                         a.sampled + (s * a.kv_heads + head / (a.heads / a.kv_heads)) *
+                                         a.max_blocks * sampled_keys(a) * a.d,
                          queries, round_up(queries, kWidest), search.packed};
   search_row(a, kernels, row, search, candidates, blocks, a.scored + unit);
 }
@@ -137,12 +136,21 @@ void block_means(const BlockMeansArgs& args, Isa isa, const Parallel& parallel) 
       tasks, [&](int64_t i) { kernels.means(args, units * i / tasks, units * (i + 1) / tasks); });
 }
 
+int64_t hip_search_samples(const HipSearchArgs& a) {
+  return a.keys.count * a.kv_heads * a.max_blocks * sampled_keys(a) * a.d;
+}
+
 int64_t hip_search_scratch(const HipSearchArgs& args, const Parallel& parallel) {
   return tasks_of(args, parallel) * bytes_of_task(args);
 }
 
 void hip_search(const HipSearchArgs& args, Isa isa, const Parallel& parallel) {
   const BlockScoresKernels& kernels = *pick(kTable, isa, 0, args.block_m).fn;
+  const int64_t blocks = args.keys.count * args.kv_heads * args.max_blocks;
+  const int64_t pieces = std::min(parallel.threads, blocks);
+  parallel.for_each(pieces, [&](int64_t i) {
+    kernels.sample(args, blocks * i / pieces, blocks * (i + 1) / pieces);
+  });
   const int64_t units = args.queries.count * args.heads * args.max_rows;
   const int64_t tasks = tasks_of(args, parallel);
   parallel.for_each(tasks, [&](int64_t task) {

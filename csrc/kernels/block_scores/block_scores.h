@@ -45,21 +45,25 @@ struct HipSearchArgs {
   const int32_t* windows;  // [heads]
   uint8_t* blocks;         // [sequences, heads, max_rows, max_blocks]: the search's choice
   int32_t* scored;         // [sequences, heads, max_rows]: blocks whose score was computed
+  float* sampled;          // [sequences, kv_heads, max_blocks, keys sampled of a block, d]
   uint8_t* scratch;        // hip_search_scratch bytes
 };
 
 // The queries of one row, scored together: every query_stride-th, the last one repeated up to a
 // multiple of the widest vector.
 struct SearchRow {
-  const void* q;  // the row's first query
-  const void* k;  // the sequence's first key
+  const void* q;   // the row's first query
+  const float* k;  // the sampled keys of its sequence and head
   int64_t queries, lanes;
   float* packed;  // [d, lanes]
 };
+OW_INLINE int64_t sampled_keys(const HipSearchArgs& a) { return div_up(a.block_n, a.key_stride); }
 
 struct BlockScoresKernels {
   // Blocks [begin, end) of all sequences' and heads' [sequences, heads, max_blocks].
   void (*means)(const BlockMeansArgs&, int64_t begin, int64_t end);
+  // Sampled keys of blocks [begin, end) of [sequences, kv_heads, max_blocks].
+  void (*sample)(const HipSearchArgs&, int64_t begin, int64_t end);
   void (*pack)(const HipSearchArgs&, const SearchRow&);
   // Scores of `count` blocks.
   void (*score)(const HipSearchArgs&, const SearchRow&, const int32_t* blocks, int64_t count,
@@ -76,6 +80,8 @@ OW_BLOCK_SCORES_KERNELS(OW_DECLARE)
 #undef OW_DECLARE
 
 void block_means(const BlockMeansArgs& args, Isa isa, const Parallel& parallel);
+// Elements of `sampled`, and bytes of `scratch`.
+int64_t hip_search_samples(const HipSearchArgs& args);
 int64_t hip_search_scratch(const HipSearchArgs& args, const Parallel& parallel);
 void hip_search(const HipSearchArgs& args, Isa isa, const Parallel& parallel);
 

@@ -2,6 +2,7 @@
 
 namespace ow {
 
-const BlockScoresKernels block_scores_avx2 = {avx2::means_any, avx2::pack_any, avx2::score_any};
+const BlockScoresKernels block_scores_avx2 = {avx2::means_any, avx2::sample_any, avx2::pack_any,
+                                              avx2::score};
 
 }  // namespace ow

@@ -53,6 +53,26 @@ void means(const BlockMeansArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Keys as floats, side by side: each meets many rows of queries, of all heads of its group.
+template <class T>
+void sample(const HipSearchArgs& a, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t block = unit % a.max_blocks;
+    const int64_t head = unit / a.max_blocks % a.kv_heads;
+    const int64_t s = unit / a.max_blocks / a.kv_heads;
+    const T* k = static_cast<const T*>(a.k_data) + a.keys.begin(s, a.k_stride_b, a.k_stride_token) +
+                 head * a.k_stride_head;
+    const int64_t last = min_of((block + 1) * a.block_n, a.keys.size(s));
+    float* out = a.sampled + unit * sampled_keys(a) * a.d;
+    for (int64_t j = block * a.block_n; j < last; j += a.key_stride, out += a.d) {
+      for (int64_t i = 0; i < a.d; i += kLanes) {
+        const int64_t lanes = min_of(kLanes, a.d - i);
+        store_n(out + i, load_n(k + j * a.k_stride_token + i, lanes), lanes);
+      }
+    }
+  }
+}
+
 template <class T>
 void pack(const HipSearchArgs& a, const SearchRow& row) {
   const T* q = static_cast<const T*>(row.q);
@@ -75,33 +95,29 @@ OW_INLINE float largest_lane(VecF a) {
 }
 
 // The products of 8 keys with a vector of queries.
-template <class T>
-OW_INLINE void multiply_keys(const T* const (&k)[kSearchKeys], const float* line, int64_t stride,
-                             int64_t d, VecF (&acc)[kSearchKeys]) {
+OW_INLINE void multiply_keys(const float* const (&k)[kSearchKeys], const float* line,
+                             int64_t stride, int64_t d, VecF (&acc)[kSearchKeys]) {
 #pragma GCC unroll 8
   for (int u = 0; u < kSearchKeys; ++u) acc[u] = set1(0.0f);
   for (int64_t i = 0; i < d; ++i) {
     const VecF queries = load(line + i * stride);
 #pragma GCC unroll 8
-    for (int u = 0; u < kSearchKeys; ++u)
-      acc[u] = fma(set1(ow::to_float(k[u][i])), queries, acc[u]);
+    for (int u = 0; u < kSearchKeys; ++u) acc[u] = fma(set1(k[u][i]), queries, acc[u]);
   }
 }
 
-template <class T>
 void score(const HipSearchArgs& a, const SearchRow& row, const int32_t* blocks, int64_t count,
            float* scores) {
-  const int64_t sampled = div_up(a.block_n, a.key_stride);  // keys of a block
+  const int64_t sampled = sampled_keys(a);
   const int64_t every = count * sampled;
   for (int64_t b = 0; b < count; ++b) scores[b] = -__builtin_inff();
   for (int64_t v = 0; v < row.lanes; v += kLanes) {
     VecF most = set1(-__builtin_inff());
     for (int64_t first = 0; first < every; first += kSearchKeys) {
-      const T* k[kSearchKeys];
+      const float* k[kSearchKeys];
       for (int u = 0; u < kSearchKeys; ++u) {
         const int64_t e = min_of(first + u, every - 1);
-        const int64_t token = blocks[e / sampled] * a.block_n + e % sampled * a.key_stride;
-        k[u] = static_cast<const T*>(row.k) + token * a.k_stride_token;
+        k[u] = row.k + (blocks[e / sampled] * sampled + e % sampled) * a.d;
       }
       VecF acc[kSearchKeys];
       multiply_keys(k, row.packed + v, row.lanes, a.d, acc);
@@ -127,13 +143,11 @@ void score(const HipSearchArgs& a, const SearchRow& row, const int32_t* blocks, 
 void means_any(const BlockMeansArgs& a, int64_t begin, int64_t end) {
   OW_BY_TYPE(means<float>(a, begin, end), means<bf16>(a, begin, end), means<f16>(a, begin, end))
 }
+void sample_any(const HipSearchArgs& a, int64_t begin, int64_t end) {
+  OW_BY_TYPE(sample<float>(a, begin, end), sample<bf16>(a, begin, end), sample<f16>(a, begin, end))
+}
 void pack_any(const HipSearchArgs& a, const SearchRow& row) {
   OW_BY_TYPE(pack<float>(a, row), pack<bf16>(a, row), pack<f16>(a, row))
-}
-void score_any(const HipSearchArgs& a, const SearchRow& row, const int32_t* blocks, int64_t count,
-               float* scores) {
-  OW_BY_TYPE(score<float>(a, row, blocks, count, scores),
-             score<bf16>(a, row, blocks, count, scores), score<f16>(a, row, blocks, count, scores))
 }
 #undef OW_BY_TYPE
 

@@ -2,7 +2,7 @@
 
 namespace ow {
 
-const BlockScoresKernels block_scores_scalar = {scalar::means_any, scalar::pack_any,
-                                                scalar::score_any};
+const BlockScoresKernels block_scores_scalar = {scalar::means_any, scalar::sample_any,
+                                                scalar::pack_any, scalar::score};
 
 }  // namespace ow

@@ -63,9 +63,6 @@ struct TileProduct {
     tile_store<1>(out + 16, kRowBytes);
     tile_store<2>(out + 32, kRowBytes);
     tile_store<3>(out + 48, kRowBytes);
-    for (int64_t i = 0; i < kTileKeys * kProbePanel; i += kLanes) {
-      store(out + i, mul(load(out + i), set1(p.scale)));
-    }
   }
 
   // Fewer keys than a tile, or a depth that is not whole, are copied and filled up with zeros.

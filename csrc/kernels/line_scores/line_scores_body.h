@@ -71,13 +71,13 @@ struct FloatProduct {
       for (int j = 0; j < kCount; ++j) {
 #pragma GCC unroll 4
         for (int u = 0; u < kTileVectors; ++u) {
-          store(out + j * kProbePanel + (v + u) * kLanes, mul(acc[j][u], set1(p.scale)));
+          store(out + j * kProbePanel + (v + u) * kLanes, acc[j][u]);
         }
       }
     }
   }
 
-  // scale * q . k of `count` keys, into out [count, 64].
+  // q . k of `count` keys, into out [count, 64].
   static void run(const Panel<T>& p, int64_t key, int64_t count, float* out) {
     int64_t j = 0;
     for (; j + kKeys <= count; j += kKeys) tile<kKeys>(p, key + j, out + j * kProbePanel);
@@ -94,23 +94,35 @@ void mask_chunk(const Panel<T>& p, int64_t key, int64_t count, float value, floa
   }
 }
 
-// Scores of a chunk to e^(score - m), and m and their sum.
+// Products of a chunk to e^(scale * product - m), and m and their sum.
 template <class T, class Product>
 void weigh_chunk(const Panel<T>& p, int64_t chunk) {
   const int64_t key = chunk * kProbeChunk;
   const int64_t count = min_of(kProbeChunk, p.keys() - key);
   float* out = p.weights + key * kProbePanel;
   Product::run(p, key, count, out);
-  mask_chunk(p, key, count, kMinusInfinity, out);
+  const bool masked = key + count - 1 > p.first;
+  if (masked) {  // scaled first: -inf times a negative scale is no mask
+    for (int64_t i = 0; i < count * kProbePanel; i += kLanes) {
+      store(out + i, mul(load(out + i), set1(p.scale)));
+    }
+    mask_chunk(p, key, count, kMinusInfinity, out);
+  }
+  const VecF scale = set1(masked ? 1.0f : p.scale);
   for (int64_t v = 0; v < kProbePanel; v += kLanes) {
     VecF m = set1(kMinusInfinity);
-    for (int64_t j = 0; j < count; ++j) m = max_(m, load(out + j * kProbePanel + v));
+    for (int64_t j = 0; j < count; ++j) m = max_(m, mul(load(out + j * kProbePanel + v), scale));
     store(p.largest + chunk * kProbePanel + v, m);
+    VecF l = set1(0.0f);
     for (int64_t j = 0; j < count; ++j) {
       float* at = out + j * kProbePanel + v;
-      store(at, exp_(sub(load(at), m)));
+      const VecF weight = exp_(sub(mul(load(at), scale), m));
+      store(at, weight);
+      l = add(l, weight);
     }
+    store(p.sums + chunk * kProbePanel + v, l);
   }
+  if (!masked) return;
   // exp_ ends at 1e-38, and a lane without a key had NaN.
   mask_chunk(p, key, count, 0.0f, out);
   for (int64_t v = 0; v < kProbePanel; v += kLanes) {

@@ -133,13 +133,13 @@ def hierarchical_topk(
 
     Example:
         >>> k = torch.zeros(1, 64, 1, 4)
-        >>> k[:, 20:24] = 1.0
+        >>> k[:, 12:20] = 1.0
         >>> q = torch.ones(1, 64, 1, 4)
         >>> blocks, scored = openwork.ops.hierarchical_topk(
         ...     q, k, torch.tensor([1]).int(), 2, block_m=16, block_n=4
         ... )
         >>> blocks[0, 0, 3].nonzero().flatten().tolist(), scored[0, 0, 3].item()
-        ([4, 5], 7)
+        ([3, 4], 8)
     """
     rows = -(-longest_of(q, cu_seqlens_q) // max(block_m, 1))
     max_blocks = -(-longest_of(k, cu_seqlens_k) // max(block_n, 1))
