@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from . import nn, ops
 from ._native import info, isa, kernels, layouts, set_isa
+from .kv_format import KVFormat
+from .kv_pages import KVPages
 from .ops.active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .ops.block_sparse import compress_block_sparse, expand_block_sparse
 from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
@@ -26,6 +28,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSparseWeight",
     "ColumnWeight",
+    "KVFormat",
+    "KVPages",
     "NmWeight",
     "PackedWeight",
     "SparseWeight",

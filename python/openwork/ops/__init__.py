@@ -8,6 +8,7 @@ from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_col
 from .attention import decode_attention
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
+from .kv_cache import kv_append, kv_commit, kv_read, kv_rollback, page_bounds
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
@@ -24,6 +25,10 @@ __all__ = [
     "expand_block_sparse",
     "expand_nm",
     "expand_sparse",
+    "kv_append",
+    "kv_commit",
+    "kv_read",
+    "kv_rollback",
     "lowbit_embedding",
     "lowbit_linear",
     "nm_linear",
@@ -32,6 +37,7 @@ __all__ = [
     "pack_columns",
     "pack_lowbit",
     "pack_lowbit_columns",
+    "page_bounds",
     "quantize_rows",
     "rms_norm",
     "rope",

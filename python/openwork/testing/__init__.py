@@ -8,6 +8,7 @@ from . import (
     attention,
     block_sparse,
     decoder,
+    kv_cache,
     lowbit,
     nm,
     sparse,
@@ -25,6 +26,7 @@ CASES: tuple[OpCase, ...] = (
     *block_sparse.CASES,
     *active.CASES,
     *nm.CASES,
+    *kv_cache.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
