@@ -128,6 +128,56 @@ void kv_read(const KVPages& pages, int64_t begin, int64_t end, void* keys, void*
 // Forgets the last drop[sequence] tokens of each row.
 void kv_rollback(const KVPages& pages, const int32_t* drop, Isa isa, const Parallel& parallel);
 
+// Keeps the tokens before begins[sequence] and those in `kept`, which move down in order. A group
+// of a channel axis that stays whole and aligned moves bit for bit; others are quantized anew from
+// what they hold. Tokens that fill no group go to the tail.
+struct KVCompactArgs {
+  int64_t n;              // of kept, at most
+  const int32_t* kept;    // [b, kv_heads, n], rising, -1 past the end
+  const int32_t* begins;  // [b], or null: 0
+  void* staging;          // kv_staging_bytes
+};
+// Tokens that are left, and of them those in pages on a side.
+int64_t kv_kept_length(const KVPages& pages, const KVCompactArgs& args, int64_t row);
+int64_t kv_kept_committed(const KVPages& pages, KVPart part, const KVCompactArgs& args,
+                          int64_t row);
+void kv_compact(const KVPages& pages, const KVCompactArgs& args, Isa isa, const Parallel& parallel);
+
+// x[target] = own * x[target] + sum over its sources of weight * x[source], in fp32 in this order;
+// with `norms`, keys are scaled to own * |x[target]| + sum of weight * |x[source]|. Targets of a
+// group on a channel axis are merged together, from what it and the sources then hold, and the
+// group is quantized anew.
+struct KVMergeArgs {
+  int64_t m, n;            // targets and sources of a row, at most
+  const int32_t* targets;  // [b, kv_heads, m], rising, -1 past the end
+  const float* own;        // [b, kv_heads, m]
+  const int32_t*
+      indptr;  // [b, kv_heads, m + 1]: sources of target i are indptr[i] .. indptr[i + 1]
+  const int32_t* sources;  // [b, kv_heads, n]
+  const float* weights;    // [b, kv_heads, n]
+  bool keys, values, norms;
+  void* staging;  // kv_staging_bytes
+};
+void kv_merge(const KVPages& pages, const KVMergeArgs& args, Isa isa, const Parallel& parallel);
+
+// For so many threads.
+int64_t kv_staging_bytes(const KVPages& pages, int64_t threads);
+
 void page_bounds(const KVPages& pages, Isa isa, const Parallel& parallel);
+
+// Of each row's pages with keys: the newest, and the others of the largest scores (of two alike,
+// the older) up to `budget` together. scratch has kv_select_bytes.
+struct KVSelectArgs {
+  int64_t queries;  // t * heads / kv_heads of a row
+  const void* q;    // [b, t, heads, d] of the float type, contiguous
+  int64_t t, heads;
+  int64_t budget;
+  bool chunks, sum;
+  int32_t* selected;  // [b, kv_heads, budget]: places in the block table, rising, -1 past the end
+  uint8_t* scratch;
+};
+int64_t kv_select_bytes(const KVPages& pages, int64_t queries);
+void select_pages(const KVPages& pages, const KVSelectArgs& args, Isa isa,
+                  const Parallel& parallel);
 
 }  // namespace ow

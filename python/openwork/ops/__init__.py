@@ -9,6 +9,7 @@ from .attention import decode_attention
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
 from .kv_cache import kv_append, kv_commit, kv_read, kv_rollback, page_bounds
+from .kv_policy import kv_compact, kv_evict, kv_merge, select_pages
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
@@ -27,6 +28,9 @@ __all__ = [
     "expand_sparse",
     "kv_append",
     "kv_commit",
+    "kv_compact",
+    "kv_evict",
+    "kv_merge",
     "kv_read",
     "kv_rollback",
     "lowbit_embedding",
@@ -42,6 +46,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_append",
+    "select_pages",
     "silu_mul",
     "sparse_linear",
     "sparse_linear_train",

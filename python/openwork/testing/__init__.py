@@ -9,6 +9,7 @@ from . import (
     block_sparse,
     decoder,
     kv_cache,
+    kv_policy,
     lowbit,
     nm,
     sparse,
@@ -27,6 +28,7 @@ CASES: tuple[OpCase, ...] = (
     *active.CASES,
     *nm.CASES,
     *kv_cache.CASES,
+    *kv_policy.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]

@@ -168,7 +168,7 @@ def changing_reference(name: str) -> Callable[..., State]:
     return run
 
 
-def _exact(sample: Sample, expected: State) -> tuple[float, ...]:
+def exact(sample: Sample, expected: State) -> tuple[float, ...]:
     # The same fp32 operations in the same order, and data that is moved.
     return (0.0,) * len(expected)
 
@@ -345,7 +345,7 @@ CASES = (
         "kv_append",
         changing("kv_append"),
         changing_reference("kv_append"),
-        _exact,
+        exact,
         raw=_raw_append,
         samples=lambda: list(_append_samples()),
         rejects=lambda: list(_append_rejects()),
@@ -354,7 +354,7 @@ CASES = (
         "kv_commit",
         changing("kv_commit"),
         changing_reference("kv_commit"),
-        _exact,
+        exact,
         raw=lambda s: reserved(s.args[0].pages(), 0),
         samples=lambda: list(_commit_samples()),
         rejects=lambda: _table_rejects(),
@@ -363,7 +363,7 @@ CASES = (
         "kv_read",
         _read,
         kv_read_reference,
-        _exact,
+        exact,
         raw=lambda s: (*reserved(s.args[0].pages(), 0), *s.args[1:]),
         samples=lambda: list(_read_samples()),
         rejects=lambda: [
@@ -375,7 +375,7 @@ CASES = (
         "kv_rollback",
         changing("kv_rollback"),
         changing_reference("kv_rollback"),
-        _exact,
+        exact,
         raw=lambda s: (s.args[1], *reserved(s.args[0].pages(), 0)),
         samples=lambda: list(_rollback_samples()),
         rejects=lambda: [*_rollback_rejects(), *_table_rejects(_drop(1, 1))],
@@ -384,7 +384,7 @@ CASES = (
         "page_bounds",
         changing("page_bounds"),
         _bounds_reference,
-        _exact,
+        exact,
         raw=lambda s: reserved(s.args[0].pages(), 0),
         samples=lambda: list(_bound_samples()),
         rejects=lambda: [

@@ -106,6 +106,48 @@ class Side:
         else:
             self.tail = self.tail[: length - held]
 
+    def compact(self, keep: list[int]) -> None:
+        size = self.fmt.group_size
+        tokens, held = self.tokens(), len([j for j in keep if j < len(self.hat)])
+        if not self.whole_groups:
+            self.hat, self.tail = self.hat[keep[:held]], tokens[keep[held:]]
+            return
+        end = held // size * size
+        groups = []
+        for source in (keep[i : i + size] for i in range(0, end, size)):
+            together = source[0] % size == 0 and source[-1] == source[0] + size - 1
+            hat = self.hat[source]
+            groups.append(hat if together else quantize(hat.to(self.tail.dtype), self.fmt))
+        self.hat = torch.cat([self.hat[:0], *groups])
+        self.tail = tokens[keep[end:]]
+
+    def merge(self, merges: dict[int, tuple[float, list[tuple[int, float]]]], norms: bool) -> None:
+        """``merges[target]`` is its own weight, and its sources with theirs."""
+        held, dtype = len(self.hat), self.tail.dtype
+        size = self.fmt.group_size if self.whole_groups else 1
+        self.hat, self.tail = self.hat.clone(), self.tail.clone()
+        for begin in sorted({t // size * size if t < held else t for t in merges}):
+            count = size if begin < held else 1
+            now = self.fp32()
+            group = self.tokens()[begin : begin + count].clone()
+            for target in (t for t in merges if begin <= t < begin + count):
+                own, sources = merges[target]
+                x, wanted = own * now[target], own * now[target].double().norm()
+                for source, weight in sources:
+                    x = x + weight * now[source]
+                    wanted = wanted + weight * now[source].double().norm()
+                norm = x.double().norm()
+                if norms and norm > 0:
+                    x = x * (wanted / norm).float()
+                group[target - begin] = x.to(dtype)
+            if begin < held:
+                self.hat[begin : begin + count] = quantize(group, self.fmt)
+            else:
+                self.tail[begin - held] = group[0]
+
+    def fp32(self) -> Tensor:
+        return torch.cat([self.hat, self.tail.float()])
+
     @property
     def whole_groups(self) -> bool:
         return not self.fmt.dense and self.fmt.axis == "channel"
@@ -163,6 +205,63 @@ class ReferenceCache:
                 row.keys.rollback(length)
                 row.values.rollback(length)
                 del row.positions[length:]
+
+    def kv_compact(self, kept: Tensor, *, begins: Tensor | None = None) -> None:
+        for i, heads in enumerate(self.rows):
+            before = range(0 if begins is None else int(begins[i]))
+            for head, row in enumerate(heads):
+                keep = [*before, *(j for j in kept[i, head].tolist() if j >= 0)]
+                row.keys.compact(keep)
+                row.values.compact(keep)
+                row.positions = [row.positions[j] for j in keep]
+
+    def kv_evict(self, evicted: Tensor) -> None:
+        for i, heads in enumerate(self.rows):
+            for head, row in enumerate(heads):
+                gone = set(evicted[i, head].tolist())
+                keep = [j for j in range(row.length) if j not in gone]
+                row.keys.compact(keep)
+                row.values.compact(keep)
+                row.positions = [row.positions[j] for j in keep]
+
+    def kv_merge(
+        self, targets: Tensor, own: Tensor, indptr: Tensor, sources: Tensor, weights: Tensor, *,
+        keys: bool = True, values: bool = True, norms: bool = False,
+    ) -> None:  # fmt: skip
+        for i, heads in enumerate(self.rows):
+            for head, row in enumerate(heads):
+                at = (i, head)
+                merges = {}
+                for n, target in enumerate(t for t in targets[at].tolist() if t >= 0):
+                    mine = range(int(indptr[at][n]), int(indptr[at][n + 1]))
+                    pairs = [(int(sources[at][j]), float(weights[at][j])) for j in mine]
+                    merges[target] = (float(own[at][n]), pairs)
+                if keys:
+                    row.keys.merge(merges, norms)
+                if values:
+                    row.values.merge(merges, False)
+
+    def page_scores(
+        self, q: Tensor, page_size: int, chunks: bool, sum_: bool
+    ) -> list[list[Tensor]]:
+        """Of each row, one a page with keys, in float64; q is ``[b, t, heads, d]``."""
+        scores: list[list[Tensor]] = []
+        for i, heads in enumerate(self.rows):
+            scores.append([])
+            for head, row in enumerate(heads):
+                group = q.shape[2] // len(heads)
+                mine = q[i, :, head * group : (head + 1) * group].reshape(-1, 1, self.d).double()
+                pages = []
+                for begin in range(0, len(row.keys.hat), page_size):
+                    keys = row.keys.hat[begin : begin + page_size]
+                    parts = keys.split(16) if chunks else [keys]
+                    low = torch.stack([round_down(p.amin(0), self.dtype) for p in parts])
+                    high = torch.stack([round_up(p.amax(0), self.dtype) for p in parts])
+                    bound = torch.maximum(mine * low.double(), mine * high.double()).sum(-1)
+                    best = bound.amax(-1)
+                    pages.append(best.sum() if sum_ else best.max())
+                scores[-1].append(torch.stack(pages) if pages else torch.zeros(0))
+        return scores
 
     def read(self, part: str, begin: int, end: int) -> Tensor:
         """As ``kv_read`` gives keys or values."""
