@@ -64,10 +64,12 @@ IMPORT_RULES = {
     "_native": set(),
     "packing": {"_host", "_native"},
     "block_index": set(),
-    "ops": {"_native", "block_index", "packing"},
+    "kv_format": {"_host"},
+    "kv_pages": {"_host", "kv_format"},
+    "ops": {"_native", "block_index", "kv_pages", "packing"},
     "nn": {"ops", "packing"},
     "errors": set(),
-    "testing": {"_native", "block_index", "ops", "packing"},
+    "testing": {"_native", "block_index", "kv_format", "kv_pages", "ops", "packing"},
 }
 # Only the part itself (and tests and bench) may import these.
 CLOSED = {"testing", "integrations", "cli", "_kernels"}
