@@ -3,7 +3,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "ops/block_index.h"
+#include "ops/key_lists.h"
 
 namespace ow {
 namespace {

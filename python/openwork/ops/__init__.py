@@ -6,8 +6,8 @@ from .. import _native  # noqa: F401  loads the library the overloads are taken 
 from .activations import rms_norm, rope, rope_append, silu_mul
 from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .attention import decode_attention
-from .block_attention import block_attention
 from .attention_scores import block_means, hierarchical_topk, line_scores
+from .block_attention import block_attention
 from .block_index import block_index, largest
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers

@@ -29,7 +29,7 @@ inline void check_lists(const char* op, const char* indptr_name, const Tensor& i
 }
 
 // Offsets rise from 0 to the number of items, through all heads.
-inline void check_offsets(const char* op, const char* name, const Tensor& indptr,
+inline void check_list_offsets(const char* op, const char* name, const Tensor& indptr,
                           const Tensor& items) {
   const int32_t* at = static_cast<const int32_t*>(indptr.const_data_ptr());
   const int64_t rows = indptr.size(1) - 1;
@@ -118,9 +118,9 @@ inline void set_index(const char* op, const IndexTensors& index, int64_t block_m
     check_lists(op, "column_indptr", *index.column_indptr, "columns", *index.columns, rows);
     check_shape(op, "column_indptr", *index.column_indptr, {heads, rows + 1});
   }
-  check_offsets(op, "indptr", *index.indptr, *index.indices);
+  check_list_offsets(op, "indptr", *index.indptr, *index.indices);
   if (index.columns != nullptr) {
-    check_offsets(op, "column_indptr", *index.column_indptr, *index.columns);
+    check_list_offsets(op, "column_indptr", *index.column_indptr, *index.columns);
   }
   args->index_heads = heads;
   args->index_rows = rows;
