@@ -142,6 +142,7 @@ OW_INLINE VecF sums_of(VecF (&rows)[16]) {
 
 OW_INLINE float sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
 OW_INLINE int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
+OW_INLINE float max_of_lanes(VecF a) { return _mm512_reduce_max_ps(a.v); }
 OW_INLINE int32_t max_of_lanes(VecI a) { return _mm512_reduce_max_epi32(a.v); }
 
 }  // namespace

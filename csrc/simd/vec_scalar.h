@@ -69,6 +69,7 @@ OW_INLINE VecF sums_of(VecF (&rows)[1]) { return rows[0]; }
 
 OW_INLINE float sum(VecF a) { return a.v; }
 OW_INLINE int32_t sum(VecI a) { return a.v; }
+OW_INLINE float max_of_lanes(VecF a) { return a.v; }
 OW_INLINE int32_t max_of_lanes(VecI a) { return a.v; }
 
 }  // namespace

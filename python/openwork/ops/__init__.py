@@ -11,6 +11,7 @@ from .decoder import decoder_layers
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
+from .paged_attention import paged_attention
 from .sparse import compress_sparse, expand_sparse, sparse_linear
 from .sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
 
@@ -32,6 +33,7 @@ __all__ = [
     "pack_columns",
     "pack_lowbit",
     "pack_lowbit_columns",
+    "paged_attention",
     "quantize_rows",
     "rms_norm",
     "rope",

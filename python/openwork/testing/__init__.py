@@ -10,6 +10,7 @@ from . import (
     decoder,
     lowbit,
     nm,
+    paged_attention,
     sparse,
     sparse_training,
 )
@@ -25,6 +26,7 @@ CASES: tuple[OpCase, ...] = (
     *block_sparse.CASES,
     *active.CASES,
     *nm.CASES,
+    *paged_attention.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
