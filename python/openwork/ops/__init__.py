@@ -17,6 +17,7 @@ from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows,
 from .merge_states import merge_states
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
+from .paged_attention import paged_attention
 from .sparse import compress_sparse, expand_sparse, sparse_linear
 from .sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
 
@@ -53,6 +54,7 @@ __all__ = [
     "pack_lowbit",
     "pack_lowbit_columns",
     "page_bounds",
+    "paged_attention",
     "quantize_rows",
     "rms_norm",
     "rope",

@@ -16,6 +16,7 @@ from . import (
     lowbit,
     merge_states,
     nm,
+    paged_attention,
     sparse,
     sparse_training,
 )
@@ -37,6 +38,7 @@ CASES: tuple[OpCase, ...] = (
     *nm.CASES,
     *kv_cache.CASES,
     *kv_policy.CASES,
+    *paged_attention.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
