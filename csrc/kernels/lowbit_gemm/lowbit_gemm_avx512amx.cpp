@@ -11,9 +11,9 @@
 // multiply, from one half and one block of rows to the next without a stop. (Storing four runs
 // before adding up four: half as long again.) One group a row: integers, added in the registers.
 //
-// Measured on one core, of the peak of 6.2 T operations/s: products 100 %, with the loads of their
-// operands from L1 73 %, with stores also 73 %, with totals 55 % (int8) and 70 % (bf16), x from L2
-// 45 %. No gain: fetching x to L1, one load of x for both halves, 2 x 2 blocks of registers.
+// Measured on one core in loops of their own, of the peak: products with loads of operands from L1
+// 73 %, with stores 73 %, with totals 55 % (int8) and 65 to 70 % (bf16). No gain there: fetching x
+// to L1, one load of x for both halves, 2 x 2 blocks of registers, totals in memory.
 #include "kernels/lowbit_gemm/lowbit_gemm_avx512amx_tile.h"
 
 namespace ow {
@@ -23,7 +23,7 @@ namespace {
 // k that are added up in one tile register: a group, or a piece of one that is the row.
 constexpr int64_t kRunK = 128;
 // Digit rows of x that share an unpacked tile, at most; and their bytes, of an L2 cache of 2 MiB
-// (1.5 MiB: no faster, 2 MiB: a quarter slower).
+// (1.5 MiB: no faster, 2 MiB: a fifth slower).
 constexpr int64_t kPassRows = 528;
 constexpr int64_t kPassBytes = 1 << 20;
 

@@ -89,8 +89,8 @@ OW_INLINE void fetch_grid(const LowbitGemmArgs& a, int64_t panel, int64_t end, i
   for (int64_t i = 0; i < groups * kPanel; i += 64) _mm_prefetch(a.w_zeros + at + i, _MM_HINT_T0);
 }
 
-// Fetches the lines of y that finish_block will write. They lie a row apart and miss every cache;
-// waiting for each took as long as all products.
+// Fetches the lines of y that finish_block will write. They lie a row apart and miss every cache:
+// waiting for each took a fifth of the time at 512 rows.
 OW_INLINE void fetch_y(const LowbitGemmArgs& a, int64_t panel, int64_t row) {
   const int64_t size = a.y_type == FloatType::f32 ? 4 : 2;
   const uint8_t* y = static_cast<const uint8_t*>(a.y) + (row * a.n + panel * kPanel) * size;
