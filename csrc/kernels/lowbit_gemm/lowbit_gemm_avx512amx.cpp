@@ -5,36 +5,27 @@
 // 64 k of int8, or 32 k of bf16. A line, 16 outputs x 4 bytes, is that of the packed layout; only
 // its codes are unpacked. Codes become signed c - z where that fits a byte, and x needs no sums.
 //
-// A product takes 16 cycles and its sums are ready after 52, so four are kept going: on four runs
-// of k, whose sums are then scaled and added to float totals in registers, 16 rows x 16 outputs at
-// a time. Measured: 25 to 30 % of the peak. Loads, products and sums each take a third of the time,
-// and overlap little: neither adding up the runs before while these are multiplied, nor storing to
-// other addresses, nor two panels at a time gained anything.
-#include "kernels/lowbit_gemm/lowbit_gemm_avx512amx.h"
+// A product takes 16 cycles and its sums are ready after 52, so four runs of k are kept going, each
+// in a register of its own. Where a run ends its sums are stored, the next one is started in the
+// register, and only then are the sums scaled and added to float totals: vectors work while tiles
+// multiply, from one half and one block of rows to the next without a stop. (Storing four runs
+// before adding up four: half as long again.) One group a row: integers, added in the registers.
+//
+// Measured on one core in loops of their own, of the peak: products with loads of operands from L1
+// 73 %, with stores 73 %, with totals 55 % (int8) and 65 to 70 % (bf16). No gain there: fetching x
+// to L1, one load of x for both halves, 2 x 2 blocks of registers, totals in memory.
+#include "kernels/lowbit_gemm/lowbit_gemm_avx512amx_tile.h"
 
 namespace ow {
 namespace avx512amx {
 namespace {
 
-constexpr int64_t kTileHalves = 2;
-// Lines of a half, 8 KiB: both halves and the 16 rows of x they meet stay in L1.
-constexpr int64_t kTileLines = 128;
-// Bytes of a row of x that meet a tile: 4 a line, 512 k of int8 or 256 of bf16.
-constexpr int64_t kTileDepth = kTileLines * 4;
-constexpr int64_t kTileGroups = 512 / 16;
-// Digit rows of x that share an unpacked tile, at most; and their bytes, of an L2 cache of 2 MiB.
+// k that are added up in one tile register: a group, or a piece of one that is the row.
+constexpr int64_t kRunK = 128;
+// Digit rows of x that share an unpacked tile, at most; and their bytes, of an L2 cache of 2 MiB
+// (1.5 MiB: no faster, 2 MiB: a fifth slower).
 constexpr int64_t kPassRows = 528;
 constexpr int64_t kPassBytes = 1 << 20;
-
-OW_INLINE constexpr int64_t depth_of(Kind kind, int64_t k) {
-  return kind == Kind::kBf16 ? 2 * k : k;
-}
-
-struct Tile {
-  alignas(64) uint8_t lines[kTileHalves][kTileLines][64];
-  alignas(64) float scales[kTileGroups][kTileHalves][kHalf];
-  alignas(64) int32_t zeros[kTileGroups][kTileHalves][kHalf];
-};
 
 // Of 16 rows and 16 outputs: float totals; while a group is longer than a tile, its int32 sums.
 union Block {
@@ -49,49 +40,44 @@ int64_t rows_of_pass(int64_t m, int64_t row_bytes, int64_t most) {
   return round_up(div_up(m, passes), kAmxRows);
 }
 
-// How the k of a tile are cut, in bytes of depth. A run is what one set of sums is over: two
-// products, or a smaller group.
+// How the k of a tile are cut, in bytes of depth. A run is what one set of sums is over.
 struct Runs {
   int64_t chunk;  // of one product
   int64_t run;
-  int64_t group_shift;  // log2 of the runs of a group
-  int64_t depth;        // of the tile
+  int64_t depth;  // of the tile
   int64_t count;
 };
 
 template <Kind kKind>
 Runs runs_of(const LowbitGemmArgs& a, int64_t k) {
-  Runs runs{kAmxBytes, 2 * kAmxBytes, 32, 0, 0};
-  if (a.groups > 1) {
-    const int64_t group = depth_of(kKind, a.group_size);
-    runs.chunk = min_of(group, runs.chunk);
-    runs.run = min_of(group, runs.run);
-    runs.group_shift = group > runs.run ? 1 : 0;  // at most 128 bf16 are 256 bytes
-  }
-  runs.depth = min_of(kTileDepth, depth_of(kKind, round_up(a.k, kUnit) - k));
+  Runs runs{};
+  runs.run = depth_of(kKind, a.groups > 1 ? a.group_size : kRunK);
+  runs.chunk = min_of(runs.run, kAmxBytes);
+  runs.depth = depth_of(kKind, min_of(kTileK, round_up(a.k, kUnit) - k));
   runs.count = div_up(runs.depth, runs.run);
   return runs;
 }
 
 // 16 rows of x (of each digit) against one half of a tile.
 struct HalfArgs {
-  const Tile* tile;
-  const Runs* runs;
+  const uint8_t (*lines)[64];  // of the half
+  const Grid* grid;
+  Runs runs;
   int64_t half;
   const uint8_t* x;       // the block's rows from the tile's first k on
   const int32_t* x_sums;  // of the block's first digit row and the tile's first group
   const float* x_scales;  // digits 3: alike
   int64_t rows;           // that exist
-  int64_t groups;         // stride of both
-  Block* blocks;          // one; where sums are kept, one a digit
+  int64_t groups;         // of a row of x
+  Block* blocks;          // its totals; or the parts of its sums
 };
 
 // totals += scale * sums of one run, in group `group` of the tile.
 template <Kind kKind, int kDigits>
 OW_INLINE void add_run(const HalfArgs& h, int64_t group, const Block sums[kDigits],
                        VecF totals[kAmxRows]) {
-  const VecF scale = load(h.tile->scales[group][h.half]);
-  const __m512i zeros = _mm512_load_si512(h.tile->zeros[group][h.half]);
+  const VecF scale = load(h.grid->scales[group][h.half]);
+  const __m512i zeros = _mm512_load_si512(h.grid->zeros[group][h.half]);
 #pragma GCC unroll 16
   for (int r = 0; r < kAmxRows; ++r) {
     if constexpr (kKind == Kind::kBf16) {
@@ -133,7 +119,7 @@ OW_INLINE void multiply_chunk(const HalfArgs& h, int64_t depth) {
   constexpr int kX = R::kSums + kSlot % R::kX;
   constexpr int kLines = kX + R::kX;
   constexpr int64_t kStride = kAmxBytes * kDigits;
-  tile_load<kLines>(h.tile->lines[h.half][depth / 4], 64);
+  tile_load<kLines>(h.lines[depth / 4], 64);
   const uint8_t* x = h.x + depth / kAmxBytes * kStride * kAmxRows + depth % kAmxBytes;
   tile_load<kX>(x, kStride);
   tile_dot<kKind, kSlot * kDigits, kX, kLines>();
@@ -145,178 +131,225 @@ OW_INLINE void multiply_chunk(const HalfArgs& h, int64_t depth) {
   }
 }
 
-// The sums of the runs from `run` on, as many as there are slots, to `sums`.
-template <Kind kKind, int kDigits>
-OW_INLINE void multiply_runs(const HalfArgs& h, int64_t run, Block* sums) {
-  using R = Registers<kDigits>;
-  const Runs& runs = *h.runs;
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  if constexpr (R::kSums > 4) tile_zero<4>(), tile_zero<5>();
-  const auto slot = [&](auto index, int64_t at) __attribute__((always_inline)) {
-    constexpr int kSlot = decltype(index)::kValue;
-    const int64_t depth = (run + kSlot) * runs.run + at;
-    if (depth < runs.depth) multiply_chunk<kKind, kDigits, kSlot>(h, depth);
-  };
-  for (int64_t at = 0; at < runs.run; at += runs.chunk) {
-    slot(Index<0>{}, at), slot(Index<1>{}, at);
-    if constexpr (R::kSlots == 4) slot(Index<2>{}, at), slot(Index<3>{}, at);
+// Stores the sums of a slot and starts run `run` of `h` in it, if there is one.
+template <Kind kKind, int kDigits, int kSlot>
+OW_INLINE void next_run(const HalfArgs& h, int64_t run, Block* sums) {
+  constexpr int kSums = kSlot * kDigits;
+  tile_store<kSums>(sums);
+  tile_zero<kSums>();
+  if constexpr (kDigits == 3) {
+    tile_store<kSums + 1>(sums + 1), tile_store<kSums + 2>(sums + 2);
+    tile_zero<kSums + 1>(), tile_zero<kSums + 2>();
   }
-  tile_store<0>(sums), tile_store<1>(sums + 1), tile_store<2>(sums + 2), tile_store<3>(sums + 3);
-  if constexpr (R::kSums > 4) tile_store<4>(sums + 4), tile_store<5>(sums + 5);
+  const int64_t begin = run * h.runs.run;
+  const int64_t end = min_of(begin + h.runs.run, h.runs.depth);
+  for (int64_t at = begin; at < end; at += h.runs.chunk) {
+    multiply_chunk<kKind, kDigits, kSlot>(h, at);
+  }
 }
 
-// totals += x * half
+// The first run of the last round of a half.
+template <int kSlots>
+OW_INLINE int64_t last_round(const HalfArgs& h) {
+  return h.runs.count == 0 ? 0 : (h.runs.count - 1) / kSlots * kSlots;
+}
+
+// totals += x * half, in turns with the half before: the last runs of `before` are in the slots,
+// and those of `now` will be.
 template <Kind kKind, int kDigits>
-__attribute__((noinline)) void multiply_half(const HalfArgs& h) {
+__attribute__((noinline)) void multiply_half(const HalfArgs& now, const HalfArgs& before) {
   constexpr int kSlots = Registers<kDigits>::kSlots;
-  Block sums[Registers<kDigits>::kSums];
+  Block sums[kSlots][kDigits];
   VecF totals[kAmxRows];
+  const auto round = [&](int64_t run, const HalfArgs& h,
+                         int64_t done) __attribute__((always_inline)) {
+    const auto slot = [&](auto index) __attribute__((always_inline)) {
+      constexpr int kSlot = decltype(index)::kValue;
+      next_run<kKind, kDigits, kSlot>(now, run + kSlot, sums[kSlot]);
+      if (done + kSlot < h.runs.count) {
+        add_run<kKind, kDigits>(h, h.groups == 1 ? 0 : done + kSlot, sums[kSlot], totals);
+      }
+    };
+    slot(Index<0>{}), slot(Index<1>{});
+    if constexpr (kSlots == 4) slot(Index<2>{}), slot(Index<3>{});
+  };
 #pragma GCC unroll 16
-  for (int r = 0; r < kAmxRows; ++r) totals[r] = load(h.blocks->totals[r]);
-  for (int64_t run = 0; run < h.runs->count; run += kSlots) {
-    multiply_runs<kKind, kDigits>(h, run, sums);
-    for (int64_t i = 0; i < min_of(kSlots, h.runs->count - run); ++i) {
-      const int64_t group = (run + i) >> h.runs->group_shift;
-      add_run<kKind, kDigits>(h, group, sums + i * kDigits, totals);
-    }
-  }
+  for (int r = 0; r < kAmxRows; ++r) totals[r] = load(before.blocks->totals[r]);
+  round(0, before, last_round<kSlots>(before));
 #pragma GCC unroll 16
-  for (int r = 0; r < kAmxRows; ++r) store(h.blocks->totals[r], totals[r]);
+  for (int r = 0; r < kAmxRows; ++r) store(before.blocks->totals[r], totals[r]);
+  if (now.runs.count <= kSlots) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < kAmxRows; ++r) totals[r] = load(now.blocks->totals[r]);
+  for (int64_t run = kSlots; run < now.runs.count; run += kSlots) round(run, now, run - kSlots);
+#pragma GCC unroll 16
+  for (int r = 0; r < kAmxRows; ++r) store(now.blocks->totals[r], totals[r]);
 }
 
-// sums += x * half, of each digit: of a group that may be longer than a tile.
+// Where one group is the row: sums += x * half. Those of one digit are kept in two parts of
+// alternate chunks, for products of one part wait for each other.
+template <int kDigits>
+constexpr int kParts = kDigits == 3 ? 3 : 2;
+
+template <Kind kKind>
+OW_INLINE void sum_chunks(const HalfArgs& h) {
+  constexpr int64_t kX = kAmxRows * kAmxBytes;
+  const uint8_t(*next)[64] = h.lines + sizeof(Tile<kKind>::lines[0]) / 64;
+  const auto chunk = [&](auto part, int64_t depth) __attribute__((always_inline)) {
+    constexpr int kPart = decltype(part)::kValue;
+    tile_load<4 + kPart>(h.x + depth / kAmxBytes * kX, kAmxBytes);
+    tile_load<6>(h.lines[depth / 4], 64);
+    tile_dot<kKind, kPart, 4 + kPart, 6>();
+    tile_load<7>(next[depth / 4], 64);
+    tile_dot<kKind, 2 + kPart, 4 + kPart, 7>();
+  };
+  tile_load<0>(h.blocks, 64), tile_load<1>(h.blocks + 1, 64);
+  tile_load<2>(h.blocks + 2, 64), tile_load<3>(h.blocks + 3, 64);
+  for (int64_t depth = 0; depth < h.runs.depth; depth += 2 * kAmxBytes) {
+    chunk(Index<0>{}, depth);
+    if (depth + kAmxBytes < h.runs.depth) chunk(Index<1>{}, depth + kAmxBytes);
+  }
+  tile_store<0>(h.blocks), tile_store<1>(h.blocks + 1), tile_store<2>(h.blocks + 2);
+  tile_store<3>(h.blocks + 3);
+}
+
+template <Kind kKind>
+OW_INLINE void sum_digits(const HalfArgs& h) {
+  constexpr int64_t kX = kAmxRows * kAmxBytes * 3;
+  tile_load<0>(h.blocks, 64), tile_load<1>(h.blocks + 1, 64), tile_load<2>(h.blocks + 2, 64);
+  for (int64_t depth = 0; depth < h.runs.depth; depth += kAmxBytes) {
+    const uint8_t* x = h.x + depth / kAmxBytes * kX;
+    tile_load<7>(h.lines[depth / 4], 64);
+    tile_load<6>(x, 3 * kAmxBytes);
+    tile_dot<kKind, 0, 6, 7>();
+    tile_load<6>(x + kAmxBytes, 3 * kAmxBytes);
+    tile_dot<kKind, 1, 6, 7>();
+    tile_load<6>(x + 2 * kAmxBytes, 3 * kAmxBytes);
+    tile_dot<kKind, 2, 6, 7>();
+  }
+  tile_store<0>(h.blocks), tile_store<1>(h.blocks + 1), tile_store<2>(h.blocks + 2);
+}
+
+// Totals of the sums of one half of a block: one group, whose grid is `grid`.
 template <Kind kKind, int kDigits>
-__attribute__((noinline)) void sum_half(const HalfArgs& h) {
-  constexpr int kSlots = Registers<kDigits>::kSlots;
-  Block sums[Registers<kDigits>::kSums];
-  for (int64_t run = 0; run < h.runs->count; run += kSlots) {
-    multiply_runs<kKind, kDigits>(h, run, sums);
-    for (int64_t i = 0; i < min_of(kSlots, h.runs->count - run) * kDigits; ++i) {
-      Block& to = h.blocks[i % kDigits];
-      for (int r = 0; r < kAmxRows; ++r) {
-        const __m512i sum = _mm512_load_si512(sums[i].sums[r]);
-        _mm512_store_si512(to.sums[r], _mm512_add_epi32(_mm512_load_si512(to.sums[r]), sum));
-      }
+void sums_to_totals(const LowbitGemmArgs& a, const Grid& grid, int64_t half, int64_t row,
+                    Block* parts) {
+  HalfArgs h{};
+  h.grid = &grid;
+  h.half = half;
+  h.x_sums = a.x_sums + row * kDigits;
+  h.x_scales = a.x_scales + row;
+  h.rows = min_of(kAmxRows, a.m - row);
+  h.groups = 1;
+  VecF totals[kAmxRows];
+  for (int r = 0; r < kAmxRows; ++r) {
+    totals[r] = set1(0.0f);
+    if (kDigits == 1) {
+      const __m512i even = _mm512_load_si512(parts[0].sums[r]);
+      const __m512i odd = _mm512_load_si512(parts[1].sums[r]);
+      _mm512_store_si512(parts[0].sums[r], _mm512_add_epi32(even, odd));
     }
   }
+  add_run<kKind, kDigits>(h, 0, parts, totals);
+  for (int r = 0; r < kAmxRows; ++r) store(parts->totals[r], totals[r]);
 }
 
-template <int kBits, Kind kKind>
-void unpack_group(const uint8_t* half, const __m512i& zeros, int64_t unit_begin, int64_t unit_end,
-                  uint8_t (*out)[64]) {
-  if constexpr (kKind == Kind::kBf16) {
-    const Converter<kBits> converter(zeros);
-    for (int64_t unit = unit_begin; unit < unit_end; ++unit, out += 8) {
-      __m512i s[4];
-      unpack_unit<kBits>(half, unit, s);
-      for (int j = 0; j < 4; ++j) {
-        converter.convert(s[j], reinterpret_cast<uint16_t*>(out[2 * j]),
-                          reinterpret_cast<uint16_t*>(out[2 * j + 1]));
-      }
-    }
-    return;
-  }
-  const __m512i bytes = kKind == Kind::kSigned
-                            ? _mm512_mullo_epi32(zeros, _mm512_set1_epi32(0x01010101))
-                            : _mm512_setzero_si512();
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit, out += 4) {
-    __m512i s[4];
-    unpack_unit<kBits>(half, unit, s);
-    for (int j = 0; j < 4; ++j) _mm512_store_si512(out[j], _mm512_sub_epi8(s[j], bytes));
-  }
-}
-
-// Units [begin, end).
-template <int kBits, Kind kKind>
-void unpack_tile(const LowbitGemmArgs& a, int64_t panel, int64_t begin, int64_t end, Tile& tile) {
-  const int64_t group_units = a.groups == 1 ? div_up(a.k, kUnit) : a.group_size / kUnit;
-  for (int64_t h = 0; h < kTileHalves; ++h) {
-    const uint8_t* half = half_of(a, panel, h);
-    for (int64_t unit = begin; unit < end;) {
-      const int64_t g = unit / group_units;
-      const int64_t group_end = min_of((g + 1) * group_units, end);
-      const int64_t at = group_at(a, panel, h, g);
-      const __m512i zeros =
-          a.w_zeros == nullptr ? _mm512_set1_epi32(1 << (kBits - 1)) : load_zeros(a, at);
-      const int64_t in_tile = g - begin / group_units;
-      store(tile.scales[in_tile][h], load_scales(a, at));
-      _mm512_store_si512(tile.zeros[in_tile][h], zeros);
-      unpack_group<kBits, kKind>(half, zeros, unit, group_end,
-                                 tile.lines[h] + depth_of(kKind, (unit - begin) * kUnit) / 4);
-      unit = group_end;
-    }
-  }
-}
-
-// y of `rows` rows. Sums that were kept become totals first.
+// y of the 16 rows from `row` on, from their totals (their sums, where those are kept).
 template <Kind kKind, int kDigits, bool kKeepsSums>
-void finish_blocks(const LowbitGemmArgs& a, const Tile& tile, int64_t panel, int64_t row_begin,
-                   int64_t rows, Block* blocks) {
-  for (int64_t h = 0; h < kTileHalves; ++h) {
-    for (int64_t b = 0; b < rows; b += kAmxRows) {
-      Block* block = blocks + (b / kAmxRows * kTileHalves + h) * kDigits;
-      const int64_t row = row_begin + b;
-      const int64_t count = min_of(kAmxRows, a.m - row);
-      if constexpr (kKeepsSums) {
-        const HalfArgs half{
-            &tile, nullptr, h,    nullptr, a.x_sums + row * kDigits, a.x_scales + row,
-            count, 1,       block};
-        VecF totals[kAmxRows];
-        for (VecF& total : totals) total = set1(0.0f);
-        add_run<kKind, kDigits>(half, 0, block, totals);
-        for (int r = 0; r < kAmxRows; ++r) store(block->totals[r], totals[r]);
+void finish_block(const LowbitGemmArgs& a, const Grid& grid, int64_t panel, int64_t row,
+                  Block* block) {
+  constexpr int64_t kBlocks = kKeepsSums ? kParts<kDigits> : 1;
+  if constexpr (kKeepsSums) {
+    for (int64_t h = 0; h < kTileHalves; ++h) {
+      sums_to_totals<kKind, kDigits>(a, grid, h, row, block + h * kBlocks);
+    }
+  }
+  for (int64_t r = 0; r < min_of(kAmxRows, a.m - row); ++r) {
+    for (int64_t h = 0; h < kTileHalves; ++h) {
+      finish(a, row + r, panel * kPanel + h * kHalf, block[h * kBlocks].totals[r]);
+    }
+  }
+}
+
+// Units from `unit` on against rows from `row` on; the half and its blocks are left open.
+template <Kind kKind, int kDigits>
+OW_INLINE void place_half(const LowbitGemmArgs& a, const Grid& grid, int64_t unit, int64_t row,
+                          HalfArgs& h) {
+  const int64_t row_bytes = depth_of(kKind, a.x_blocks.k_padded) * kDigits;
+  const int64_t g = a.groups == 1 ? 0 : unit * kUnit / a.group_size;
+  h.grid = &grid;
+  h.runs = runs_of<kKind>(a, unit * kUnit);
+  h.x = static_cast<const uint8_t*>(a.x) + row * row_bytes +
+        depth_of(kKind, unit * kUnit) * kAmxRows * kDigits;
+  if (kKind != Kind::kBf16) h.x_sums = a.x_sums + row * kDigits * a.groups + g;
+  if (kDigits == 3) h.x_scales = a.x_scales + row * a.groups + g;
+  h.rows = min_of(kAmxRows, a.m - row);
+  h.groups = a.groups;
+}
+
+// One panel of `rows` rows.
+template <int kBits, Kind kKind, int kDigits, bool kKeepsSums>
+void tile_panel(const LowbitGemmArgs& a, int64_t panel, int64_t end, int64_t row_begin,
+                int64_t rows, Tile<kKind>& tile, Block* blocks) {
+  constexpr int64_t kUnits = kTileK / kUnit;
+  constexpr int64_t kBlocks = kKeepsSums ? kParts<kDigits> : 1;
+  const int64_t row_units = div_up(a.k, kUnit);
+  const int64_t row_blocks = div_up(rows, kAmxRows);
+  Grid grids[2];  // of this tile and of the one before, whose last sums are still to be scaled
+  memset(blocks, 0, size_t(row_blocks * kTileHalves * kBlocks) * sizeof(Block));
+  // Two in turns, for a copy of one just written would wait for its stores.
+  HalfArgs halves[2] = {};
+  halves[1].blocks = blocks;
+  for (int64_t unit = 0; unit < row_units; unit += kUnits) {
+    const int64_t unit_end = min_of(unit + kUnits, row_units);
+    Grid& grid = grids[unit / kUnits % 2];
+    const bool last = unit_end == row_units;
+    if (last) fetch_y(a, panel, row_begin);
+    unpack_tile<kBits, kKind>(a, panel, unit, unit_end, tile, grid);
+    NextTile next = next_tile<1>(a, panel, end, unit_end, kUnits, row_blocks);
+    fetch_grid(a, panel, end, unit_end);
+    const auto finish_at = [&](int64_t b) {
+      finish_block<kKind, kDigits, kKeepsSums>(a, grid, panel, row_begin + b * kAmxRows,
+                                               blocks + b * kTileHalves * kBlocks);
+    };
+    for (int64_t b = 0; b < row_blocks; ++b) {
+      next.fetch_share();
+      if (last && b + 1 < row_blocks) fetch_y(a, panel, row_begin + (b + 1) * kAmxRows);
+      for (int64_t half = 0; half < kTileHalves; ++half) {
+        HalfArgs& now = halves[half];
+        place_half<kKind, kDigits>(a, grid, unit, row_begin + b * kAmxRows, now);
+        now.half = half;
+        now.lines = tile.lines[half];
+        now.blocks = blocks + (b * kTileHalves + half) * kBlocks;
+        if constexpr (kKeepsSums) {
+          if (kDigits == 3) sum_digits<kKind>(now);
+          if (kDigits == 1 && half == 0) sum_chunks<kKind>(now);
+        } else {
+          multiply_half<kKind, kDigits>(now, halves[1 - half]);
+          if (last && b > 0 && half == 0) finish_at(b - 1);
+        }
       }
-      for (int64_t r = 0; r < count; ++r) {
-        finish(a, row + r, panel * kPanel + h * kHalf, block->totals[r]);
-      }
+      if (kKeepsSums && last) finish_at(b);
+    }
+    if (!kKeepsSums && last) {
+      multiply_half<kKind, kDigits>(HalfArgs{}, halves[1]);
+      finish_at(row_blocks - 1);
     }
   }
 }
 
 template <int kBits, Kind kKind, int kDigits, bool kKeepsSums>
 void tile_range(const LowbitGemmArgs& a, int64_t begin, int64_t end) {
-  constexpr int64_t kUnits = kTileDepth / depth_of(kKind, kUnit);
   using R = Registers<kDigits>;
-  const int64_t row_units = div_up(a.k, kUnit);
-  const int64_t row_bytes = a.x_blocks.k_padded * kDigits * (kKind == Kind::kBf16 ? 2 : 1);
+  const int64_t row_bytes = depth_of(kKind, a.x_blocks.k_padded) * kDigits;
   const int64_t pass_rows = rows_of_pass(a.m, row_bytes, kPassRows / kDigits);
-  Tile tile = {};  // what lies past k is multiplied too, by zeros
-  alignas(64) Block blocks[kPassRows / kAmxRows * kTileHalves];
+  Tile<kKind> tile = {};  // what lies past k is multiplied too, by zeros
+  alignas(64) Block blocks[kPassRows / kAmxRows * kTileHalves * (kKeepsSums ? 2 : 1)];
   shape_tiles(runs_of<kKind>(a, 0).chunk, R::kSums, R::kX);
   for (int64_t row_begin = 0; row_begin < a.m; row_begin += pass_rows) {
     const int64_t rows = min_of(pass_rows, a.m - row_begin);
-    const int64_t row_blocks = div_up(rows, kAmxRows);
     for (int64_t panel = begin; panel < end; ++panel) {
-      memset(blocks, 0, size_t(row_blocks * kTileHalves * kDigits) * sizeof(Block));
-      for (int64_t unit = 0; unit < row_units; unit += kUnits) {
-        const int64_t unit_end = min_of(unit + kUnits, row_units);
-        unpack_tile<kBits, kKind>(a, panel, unit, unit_end, tile);
-        NextTile next = next_tile<1>(a, panel, end, unit_end, kUnits, row_blocks);
-        const int64_t g = a.groups == 1 ? 0 : unit * kUnit / a.group_size;
-        const Runs runs = runs_of<kKind>(a, unit * kUnit);
-        for (int64_t b = 0; b < row_blocks; ++b) {
-          next.fetch_share();
-          const int64_t row = row_begin + b * kAmxRows;
-          HalfArgs args{};
-          args.tile = &tile;
-          args.runs = &runs;
-          args.x = static_cast<const uint8_t*>(a.x) + row * row_bytes +
-                   depth_of(kKind, unit * kUnit) * kAmxRows * kDigits;
-          if (kKind != Kind::kBf16) args.x_sums = a.x_sums + row * kDigits * a.groups + g;
-          if (kDigits == 3) args.x_scales = a.x_scales + row * a.groups + g;
-          args.rows = min_of(kAmxRows, a.m - row);
-          args.groups = a.groups;
-          for (args.half = 0; args.half < kTileHalves; ++args.half) {
-            args.blocks = blocks + (b * kTileHalves + args.half) * kDigits;
-            if constexpr (kKeepsSums) {
-              sum_half<kKind, kDigits>(args);
-            } else {
-              multiply_half<kKind, kDigits>(args);
-            }
-          }
-        }
-      }
-      finish_blocks<kKind, kDigits, kKeepsSums>(a, tile, panel, row_begin, rows, blocks);
+      tile_panel<kBits, kKind, kDigits, kKeepsSums>(a, panel, end, row_begin, rows, tile, blocks);
     }
   }
   release_tiles();

@@ -44,6 +44,8 @@ template <int kT>
 OW_INLINE void tile_store(void* p) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(kT) : "memory");
 }
+// Every CPU with tiles has it, but gcc asks for a flag of its own.
+OW_INLINE void fetch_to_write(const void* p) { asm volatile("prefetchw (%0)" ::"r"(p)); }
 template <Kind kKind, int kSums, int kX, int kLines>
 OW_INLINE void tile_dot() {
   if constexpr (kKind == Kind::kSigned) {
