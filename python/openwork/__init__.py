@@ -9,6 +9,8 @@ from __future__ import annotations
 from . import nn, ops
 from ._native import info, isa, kernels, layouts, set_isa
 from .block_index import BlockIndex
+from .kv_format import KVFormat
+from .kv_pages import KVPages
 from .ops.active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .ops.block_sparse import compress_block_sparse, expand_block_sparse
 from .ops.lowbit import lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
@@ -28,6 +30,8 @@ __all__ = [
     "BlockIndex",
     "BlockSparseWeight",
     "ColumnWeight",
+    "KVFormat",
+    "KVPages",
     "NmWeight",
     "PackedWeight",
     "SparseWeight",

@@ -10,6 +10,8 @@ from .attention_scores import block_means, hierarchical_topk, line_scores
 from .block_index import block_index, largest
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
+from .kv_cache import kv_append, kv_commit, kv_read, kv_rollback, page_bounds
+from .kv_policy import kv_compact, kv_evict, kv_merge, select_pages
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
@@ -29,6 +31,13 @@ __all__ = [
     "expand_nm",
     "expand_sparse",
     "hierarchical_topk",
+    "kv_append",
+    "kv_commit",
+    "kv_compact",
+    "kv_evict",
+    "kv_merge",
+    "kv_read",
+    "kv_rollback",
     "largest",
     "line_scores",
     "lowbit_embedding",
@@ -39,10 +48,12 @@ __all__ = [
     "pack_columns",
     "pack_lowbit",
     "pack_lowbit_columns",
+    "page_bounds",
     "quantize_rows",
     "rms_norm",
     "rope",
     "rope_append",
+    "select_pages",
     "silu_mul",
     "sparse_linear",
     "sparse_linear_train",

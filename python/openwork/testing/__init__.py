@@ -10,6 +10,8 @@ from . import (
     block_index,
     block_sparse,
     decoder,
+    kv_cache,
+    kv_policy,
     lowbit,
     nm,
     sparse,
@@ -29,6 +31,8 @@ CASES: tuple[OpCase, ...] = (
     *block_sparse.CASES,
     *active.CASES,
     *nm.CASES,
+    *kv_cache.CASES,
+    *kv_policy.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]
