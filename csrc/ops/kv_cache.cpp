@@ -234,6 +234,9 @@ void kv_merge_op(const Tensor& targets, const Tensor& own, const Tensor& indptr,
   kv_merge(p, args, active_isa(), parallel);
 }
 
+// More pages than any row will have; the result has place for so many.
+constexpr int64_t kMaxBudget = 1 << 20;
+
 Tensor select_pages_op(const Tensor& q_any, Tensors tensors, Format format, int64_t budget,
                        bool chunks, bool sum) {
   constexpr const char* kOp = "select_pages";
@@ -246,8 +249,8 @@ Tensor select_pages_op(const Tensor& q_any, Tensors tensors, Format format, int6
                q_any.size(2) % p.kv_heads == 0 && q_any.size(3) == p.keys.d,
            kOp, ": q must be [b, t, heads, d] with b = ", p.b, ", heads a multiple of ", p.kv_heads,
            " and d = ", p.keys.d, ", got ", shape_text(q_any));
-  OW_CHECK(budget >= 1 && budget < int64_t{1} << 31, kOp, ": budget must be at least 1, got ",
-           budget);
+  OW_CHECK(budget >= 1 && budget <= kMaxBudget, kOp, ": budget must be in 1 .. ", kMaxBudget,
+           ", got ", budget);
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     check_kv_table(kOp, p, row, 0, p.keys.committed[row]);
   }

@@ -12,6 +12,7 @@ constexpr int64_t kFormatInts = 3 + 2 * kSideInts;
 constexpr int64_t kMaxChannels = 1024;
 constexpr int64_t kMaxOutlierChannels = 256;
 constexpr int64_t kMaxCodebookBits = 4;
+constexpr int64_t kMaxTokens = int64_t{1} << 31;
 
 bool is_group(int64_t size) { return size == 32 || size == 64 || size == 128; }
 
@@ -41,7 +42,9 @@ KVSide check_side(const char* op, const char* part, const int64_t* format, int64
              " must have groups of 32, 64, 128 or d = ", d, " channels, got ", group);
     OW_CHECK(step >= 1, op, ": ", part, " must have a step of at least 1, got ", step);
   }
-  OW_CHECK(window >= 0, op, ": ", part, " must have a window of at least 0, got ", window);
+  OW_CHECK(window >= 0 && window < kMaxTokens && step < kMaxTokens, op, ": ", part,
+           " must have a window of at least 0, and both below 2^31, got window ", window,
+           " and step ", step);
   OW_CHECK(outliers >= 0 && outliers <= d && (outliers == 0 || d <= kMaxOutlierChannels), op, ": ",
            part, " must have 0 .. d outliers, and d up to ", kMaxOutlierChannels, " if any, got ",
            outliers, " of d = ", d);
@@ -182,6 +185,8 @@ KVPages check_kv_pages(const char* op, const std::vector<Tensor>& tensors,
   const Tensor& table = reader.peek();
   OW_CHECK(table.dim() == 3, op, ": block_table must be [b, kv_heads, max_pages], got ",
            shape_text(table));
+  OW_CHECK(table.size(2) < kMaxTokens / p.page_size, op,
+           ": block_table must have fewer than 2^31 / page_size pages a row, got ", table.size(2));
   p.b = table.size(0);
   p.kv_heads = table.size(1);
   p.max_pages = table.size(2);

@@ -162,35 +162,32 @@ void bound_any(const KVPages& p, int64_t r, int64_t first, int64_t end) {
   }
 }
 
-// Queries that share a pass over the bounds, and so their loads.
+// Queries that share a pass over the bounds, and so their loads: with a sum for each of the two
+// products, enough chains to hide the latency of a multiply-add.
 constexpr int64_t kScoreQueries = 4;
 
-// sum_c max(q min, q max) of some queries from `first` on; those past the last repeat it.
-template <class T>
+// sum_c max(q min, q max) of kQueries queries from `first` on.
+template <int kQueries, class T>
 OW_INLINE void bound_products(const PageScoreArgs& a, int64_t first, const T* low, const T* high,
                               float* products) {
   const int64_t d = a.pages->keys.d;
-  const float* positive[kScoreQueries];
-  const float* negative[kScoreQueries];
-  VecF totals[kScoreQueries];
+  const float* positive = a.q_positive + first * d;
+  const float* negative = a.q_negative + first * d;
+  VecF tops[kQueries], bottoms[kQueries];
 #pragma GCC unroll 4
-  for (int i = 0; i < kScoreQueries; ++i) {
-    const int64_t query = min_of(first + i, a.queries - 1);
-    positive[i] = a.q_positive + query * d;
-    negative[i] = a.q_negative + query * d;
-    totals[i] = set1(0.0f);
-  }
+  for (int i = 0; i < kQueries; ++i) tops[i] = bottoms[i] = set1(0.0f);
   for (int64_t c = 0; c < d; c += kLanes) {
     const int64_t lanes = min_of(kLanes, d - c);
     const VecF top = load_up_to(high + c, lanes);
     const VecF bottom = load_up_to(low + c, lanes);
 #pragma GCC unroll 4
-    for (int i = 0; i < kScoreQueries; ++i) {
-      totals[i] = fma(load_up_to(positive[i] + c, lanes), top, totals[i]);
-      totals[i] = fma(load_up_to(negative[i] + c, lanes), bottom, totals[i]);
+    for (int i = 0; i < kQueries; ++i) {
+      tops[i] = fma(load_up_to(positive + i * d + c, lanes), top, tops[i]);
+      bottoms[i] = fma(load_up_to(negative + i * d + c, lanes), bottom, bottoms[i]);
     }
   }
-  for (int i = 0; i < kScoreQueries; ++i) products[i] = sum(totals[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kQueries; ++i) products[i] = sum(add(tops[i], bottoms[i]));
 }
 
 // Bounds of a whole page from those of its tokens.
@@ -210,37 +207,60 @@ OW_INLINE void widen_bounds(const T* low, const T* high, int64_t chunks, int64_t
   }
 }
 
+// The bounds of one page: of each `chunks` 16 tokens, d apart.
+template <class T>
+struct PageBounds {
+  const T* low;
+  const T* high;
+  int64_t chunks;
+};
+
+// The largest product of each of kQueries queries, joined to `score`.
+template <int kQueries, class T>
+OW_INLINE float join_score(const PageScoreArgs& a, int64_t first, const PageBounds<T>& page,
+                           float score) {
+  const int64_t d = a.pages->keys.d;
+  float best[kQueries], products[kQueries];
+  bound_products<kQueries>(a, first, page.low, page.high, best);
+  for (int64_t i = 1; i < page.chunks; ++i) {
+    bound_products<kQueries>(a, first, page.low + i * d, page.high + i * d, products);
+    for (int j = 0; j < kQueries; ++j) best[j] = products[j] > best[j] ? products[j] : best[j];
+  }
+  for (const float value : best) {
+    score = a.sum ? score + value : (value > score ? value : score);
+  }
+  return score;
+}
+
+template <class T>
+float score_page(const PageScoreArgs& a, const PageBounds<T>& page) {
+  float score = a.sum ? 0.0f : -__builtin_inff();
+  int64_t query = 0;
+  for (; query + kScoreQueries <= a.queries; query += kScoreQueries) {
+    score = join_score<kScoreQueries>(a, query, page, score);
+  }
+  for (; query < a.queries; ++query) score = join_score<1>(a, query, page, score);
+  return score;
+}
+
 template <class T>
 void score_pages(const PageScoreArgs& a, int64_t begin, int64_t end) {
   const PagesOfRow row(*a.pages, KVPart::keys, a.row);
   const int64_t d = row.s.d;
   const int64_t held = row.s.committed[a.row];
+  float lowest[kMaxKVChannels], highest[kMaxKVChannels];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * row.p.page_size;
     const int64_t chunks = div_up(min_of(row.p.page_size, held - first), kBoundTokens);
-    const T* low = static_cast<const T*>(row.p.key_min) + row.slot(first) / kBoundTokens * d;
-    const T* high = static_cast<const T*>(row.p.key_max) + row.slot(first) / kBoundTokens * d;
-    float lowest[kMaxKVChannels], highest[kMaxKVChannels];
-    if (!a.chunks) widen_bounds(low, high, chunks, d, lowest, highest);
-    float score = a.sum ? 0.0f : -__builtin_inff();
-    for (int64_t query = 0; query < a.queries; query += kScoreQueries) {
-      float best[kScoreQueries];
-      if (a.chunks) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          float products[kScoreQueries];
-          bound_products(a, query, low + chunk * d, high + chunk * d, products);
-          for (int j = 0; j < kScoreQueries; ++j) {
-            best[j] = chunk == 0 || products[j] > best[j] ? products[j] : best[j];
-          }
-        }
-      } else {
-        bound_products(a, query, lowest, highest, best);
-      }
-      for (int64_t j = 0; j < min_of(kScoreQueries, a.queries - query); ++j) {
-        score = a.sum ? score + best[j] : (best[j] > score ? best[j] : score);
-      }
+    const int64_t at = row.slot(first) / kBoundTokens * d;
+    const PageBounds<T> page{static_cast<const T*>(row.p.key_min) + at,
+                             static_cast<const T*>(row.p.key_max) + at, chunks};
+    if (a.chunks) {
+      a.scores[i] = score_page(a, page);
+    } else {
+      widen_bounds(page.low, page.high, chunks, d, lowest, highest);
+      a.scores[i] = score_page(a, PageBounds<float>{lowest, highest, 1});
     }
-    a.scores[i] = score;
   }
 }
 

@@ -80,7 +80,11 @@ def _check_side(op: str, part: str, numbers: list[int], page_size: int) -> SideS
             f"{op}: {part} must have groups of 32, 64, 128 or d = {d} channels, got {group}",
         )
         check(step >= 1, f"{op}: {part} must have a step of at least 1, got {step}")
-    check(window >= 0, f"{op}: {part} must have a window of at least 0, got {window}")
+    check(
+        window >= 0 and max(window, step) < 2**31,
+        f"{op}: {part} must have a window of at least 0, and both below 2^31, got window {window} "
+        f"and step {step}",
+    )
     check(
         0 <= outliers <= d and (outliers == 0 or d <= 256),
         f"{op}: {part} must have 0 .. d outliers, and d up to 256 if any, got {outliers} of "
@@ -174,6 +178,10 @@ def check_kv_pages(op: str, tensors: list[Tensor], numbers: list[int]) -> PageSi
         f"{op}: block_table must be [b, kv_heads, max_pages], got {list(table.shape)}",
     )
     b, kv_heads, max_pages = table.shape
+    check(
+        max_pages < 2**31 // page_size,
+        f"{op}: block_table must have fewer than 2^31 / page_size pages a row, got {max_pages}",
+    )
     reader = _Reader(op, tensors)
     reader.take("block_table", torch.int32, [b, kv_heads, max_pages])
     reader.take("lengths", torch.int32, [b, kv_heads])

@@ -173,7 +173,7 @@ def select_pages(
     Args:
         q: ``[b, t, heads, d]``, dtype of the pages, heads a multiple of kv_heads.
         pages: the cache, with bounds.
-        budget: pages of a row, at least 1.
+        budget: pages of a row, 1 .. 2^20.
         method: ``flat`` or ``chunks``.
         reduce: over the queries that share a key head: ``max`` or ``sum``.
 
@@ -271,5 +271,5 @@ def _select_pages_fake(
         f"{op}: q must be [b, t, heads, d] with b = {b}, heads a multiple of {kv_heads} and "
         f"d = {d}, got {list(q.shape)}",
     )
-    check(1 <= budget < 2**31, f"{op}: budget must be at least 1, got {budget}")
+    check(1 <= budget <= 2**20, f"{op}: budget must be in 1 .. {2**20}, got {budget}")
     return q.new_empty((b, kv_heads, budget), dtype=torch.int32)

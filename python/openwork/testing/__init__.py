@@ -7,13 +7,16 @@ from . import (
     active,
     attention,
     attention_scores,
+    block_attention,
     block_index,
     block_sparse,
     decoder,
     kv_cache,
     kv_policy,
     lowbit,
+    merge_states,
     nm,
+    paged_attention,
     sparse,
     sparse_training,
 )
@@ -23,6 +26,8 @@ CASES: tuple[OpCase, ...] = (
     *lowbit.CASES,
     *activations.CASES,
     *attention.CASES,
+    *block_attention.CASES,
+    *merge_states.CASES,
     *attention_scores.CASES,
     *block_index.CASES,
     *decoder.CASES,
@@ -33,6 +38,7 @@ CASES: tuple[OpCase, ...] = (
     *nm.CASES,
     *kv_cache.CASES,
     *kv_policy.CASES,
+    *paged_attention.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]

@@ -178,7 +178,7 @@ def _select_rejects() -> Iterator[Reject]:
     how = ("flat", "max")
     yield Reject("dtype", (history, q.float(), 2, *how), {}, "q must be of the dtype of the pages")
     yield Reject("heads", (history, q[:, :, :3], 2, *how), {}, "heads a multiple of 2")
-    yield Reject("budget", (history, q, 0, *how), {}, "budget must be at least 1, got 0")
+    yield Reject("budget", (history, q, 0, *how), {}, "budget must be in 1 .. 1048576, got 0")
     unbounded = History(*dense(BF16), bounds=False)
     yield Reject("bounds", (unbounded, q, 1, *how), {}, "pages must keep bounds")
     for name, damage, text in DAMAGES[2:]:
