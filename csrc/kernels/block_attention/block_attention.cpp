@@ -37,7 +37,7 @@ class Parts {
   template <class Visit>
   void each(const Visit& visit) const {
     for (int64_t s = 0; s < a_.sequence_count; ++s) {
-      const int64_t tiles = div_up(a_.sequences[s].queries, block_rows(a_)) * tiles_in_block(a_);
+      const int64_t tiles = attention_tiles(a_, s);
       const int64_t parts = a_.score_rows == nullptr ? tiles : min_of(tiles, kScoreParts);
       for (int64_t head = 0; head < a_.heads; ++head) {
         for (int64_t i = 0; i < parts; ++i) {
@@ -176,5 +176,20 @@ void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& p
   });
   if (partial_scores != nullptr) sum_scores(args, partial_scores);
 }
+
+int64_t attention_tiles(const BlockAttentionArgs& a, int64_t sequence) {
+  return div_up(a.sequences[sequence].queries, block_rows(a)) * tiles_in_block(a);
+}
+
+QueryTile attention_tile(const BlockAttentionArgs& a, int64_t sequence, int64_t head,
+                         int64_t index) {
+  return tile_of(a, Part{sequence, head, 0, 0}, index);
+}
+
+int64_t attention_tile_cost(const BlockAttentionArgs& a, const QueryTile& tile) {
+  return cost_of(a, tile);
+}
+
+int64_t attention_units(const BlockAttentionArgs& a) { return all_units(a); }
 
 }  // namespace ow

@@ -143,4 +143,71 @@ BlockAttentionPlan plan_block_attention(const BlockAttentionArgs& args, Isa isa,
 void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& plan,
                      uint8_t* scratch, float* partial_scores, const Parallel& parallel);
 
+// Gradients, from o and lse of the forward pass. With p as above, grad_o and grad_lse given:
+//
+//   delta_i  = o_i . grad_o_i - grad_lse_i          grad_v_j = sum_i p_ij grad_o_i
+//   grad_p   = grad_o_i . v_j                       grad_q_i = sum_j ds_ij k_j
+//   ds_ij    = scale * p_ij * (grad_p - delta_i)    grad_k_j = sum_i ds_ij q_i
+//
+// Weights are computed again. Tiles of queries are shared out in parts of a sequence and key head,
+// whose number follows from the shapes alone: each adds up its own grad_k and grad_v, all heads of
+// the group in order, and the parts are added in order, so no sum depends on the number of threads.
+// Arithmetic is fp32, whatever the operands are.
+struct BlockAttentionBackwardArgs {
+  BlockAttentionArgs forward;  // as it was called; o and lse are read
+  const void* grad_o;          // [rows, heads, dv]
+  const float* grad_lse;       // [rows, heads]
+  void* grad_q;                // [rows, heads, d]
+  void* grad_k;                // [rows of keys, kv_heads, d]
+  void* grad_v;                // [rows of keys, kv_heads, dv]
+};
+
+// Sums of grad_k and grad_v of a unit of keys: panels of 64 dimensions, [panels, 32, 64].
+OW_INLINE int64_t panels_of(int64_t d) { return div_up(d, kQueryTile); }
+OW_INLINE int64_t sums_of_unit(const BlockAttentionArgs& a) {
+  return (panels_of(a.d) + panels_of(a.dv)) * kUnitKeys * kQueryTile;
+}
+
+struct BlockAttentionBackwardKernels {
+  // Bytes of a unit's keys and values, and of the memory of one thread.
+  int64_t (*packed_unit_bytes)(const BlockAttentionArgs&);
+  int64_t (*scratch_bytes)(const BlockAttentionArgs&);
+  // Lays out units [begin, end), in order of sequence, key head, unit.
+  void (*pack)(const BlockAttentionArgs&, int64_t begin, int64_t end);
+  // Writes grad_q of a tile, and adds to the sums [units, sums_of_unit] of its keys.
+  void (*tile)(const BlockAttentionBackwardArgs&, const QueryTile&, float* sums, uint8_t* scratch);
+};
+
+#define OW_BLOCK_ATTENTION_GRADIENTS(X)                              \
+  OW_IF_AVX512(X(avx512, 0, kAnyM, block_attention_backward_avx512)) \
+  OW_IF_AVX2(X(avx2, 0, kAnyM, block_attention_backward_avx2))       \
+  X(scalar, 0, kAnyM, block_attention_backward_scalar)
+
+#define OW_DECLARE(isa, key, max_m, kernels) extern const BlockAttentionBackwardKernels kernels;
+OW_BLOCK_ATTENTION_GRADIENTS(OW_DECLARE)
+#undef OW_DECLARE
+
+struct BlockAttentionBackwardPlan {
+  const BlockAttentionBackwardKernels* kernels;
+  int64_t tasks;
+  int64_t packed_unit_bytes, packed_bytes;
+  int64_t scratch_bytes;  // of one task
+  int64_t sum_count;      // floats
+};
+BlockAttentionBackwardPlan plan_block_attention_backward(const BlockAttentionArgs& args, Isa isa,
+                                                         int64_t threads);
+
+// `scratch` has tasks * scratch_bytes, and `sums` sum_count floats; both aligned to 64.
+void block_attention_backward(const BlockAttentionBackwardArgs& args,
+                              const BlockAttentionBackwardPlan& plan, uint8_t* scratch, float* sums,
+                              const Parallel& parallel);
+
+// Tiles of each head of a sequence; one of them, empty (count 0) where the last block of a sequence
+// has fewer; the keys it reads, at most; and units of keys of all sequences and key heads.
+int64_t attention_tiles(const BlockAttentionArgs& args, int64_t sequence);
+QueryTile attention_tile(const BlockAttentionArgs& args, int64_t sequence, int64_t head,
+                         int64_t index);
+int64_t attention_tile_cost(const BlockAttentionArgs& args, const QueryTile& tile);
+int64_t attention_units(const BlockAttentionArgs& args);
+
 }  // namespace ow

@@ -39,6 +39,17 @@ struct Product {
   int64_t queries;  // lanes worth computing, a multiple of 16
 };
 
+// Scores [keys of `unit`, 64] of what a query does not see become -inf.
+OW_INLINE void hide(const Sight& sight, const Unit& unit, int64_t queries, float* scores) {
+  for (int64_t j = 0; j < kUnitKeys; ++j, scores += kQueryTile) {
+    Range seen{0, 0};
+    if (j >= unit.begin && j < unit.end) seen = sight.queries(unit.position(j));
+    for (int64_t i = 0; i < min_of(seen.begin, queries); ++i) scores[i] = kMinusInfinity;
+    const int64_t behind = seen.end > seen.begin ? seen.end : 0;
+    for (int64_t i = behind; i < queries; ++i) scores[i] = kMinusInfinity;
+  }
+}
+
 // One tile of queries on its way through the keys.
 template <class E>
 class Attend {
@@ -128,18 +139,7 @@ class Attend {
       product.a[0] = operands_[u];
       product.c = scores_ + u * kUnitKeys * kQueryTile;
       E::multiply(product);
-      if (!sight_.is_full(units_[u])) hide(units_[u], product.c);
-    }
-  }
-
-  // Scores of what a query does not see become -inf.
-  void hide(const Unit& unit, float* scores) const {
-    for (int64_t j = 0; j < kUnitKeys; ++j, scores += kQueryTile) {
-      Range seen{0, 0};
-      if (j >= unit.begin && j < unit.end) seen = sight_.queries(unit.position(j));
-      for (int64_t i = 0; i < min_of(seen.begin, queries_); ++i) scores[i] = kMinusInfinity;
-      const int64_t behind = seen.end > seen.begin ? seen.end : 0;
-      for (int64_t i = behind; i < queries_; ++i) scores[i] = kMinusInfinity;
+      if (!sight_.is_full(units_[u])) hide(sight_, units_[u], queries_, product.c);
     }
   }
 

@@ -97,7 +97,7 @@ def mark_largest(scores: Tensor, budgets: Tensor, *, by_mass: bool = False) -> T
 
     ``budgets`` broadcasts to ``[...]``.
     """
-    rows = budgets.float().expand(scores.shape[:-1]).reshape(-1)
+    rows = budgets.float().expand(scores.shape[:-1]).reshape(-1).contiguous()
     return largest(scores.flatten(0, -2), rows, by_mass=by_mass).view(scores.shape)
 
 

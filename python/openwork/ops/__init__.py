@@ -8,6 +8,7 @@ from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_col
 from .attention import decode_attention
 from .attention_scores import block_means, hierarchical_topk, line_scores
 from .block_attention import block_attention
+from .block_attention_train import block_attention_train
 from .block_index import block_index, largest
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
@@ -24,6 +25,7 @@ from .sparse_training import sparse_linear_train, sparse_values_grad, transposed
 __all__ = [
     "active_linear",
     "block_attention",
+    "block_attention_train",
     "block_index",
     "block_means",
     "compress_block_sparse",

@@ -1,0 +1,100 @@
+#include <tuple>
+
+#include "ops/block_attention.h"
+
+namespace ow {
+namespace {
+
+std::tuple<Tensor, Tensor> block_attention_train(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& indptr,
+    const std::optional<Tensor>& indices, const std::optional<Tensor>& column_indptr,
+    const std::optional<Tensor>& columns, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal,
+    int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale) {
+  AttentionCall call =
+      attention_call("block_attention_train", q, k, v,
+                     {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
+                     or_null(cu_seqlens_q), or_null(cu_seqlens_k),
+                     {block_m, block_n, causal, window, sinks, min_distance, scale});
+  const int64_t b = q.size(0);
+  const int64_t sq = q.size(1);
+  Tensor o = fast_empty({b, sq, call.args.heads, call.args.dv}, q.scalar_type());
+  Tensor lse = fast_empty({b, sq, call.args.heads}, ScalarType::Float);
+  if (o.numel() == 0) return {o, lse};
+  call.args.o = o.mutable_data_ptr();
+  call.args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run_block_attention(&call.args);
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_attention_backward_op(
+    const Tensor& grad_o_any, const Tensor& grad_lse_any, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& o, const Tensor& lse, const std::optional<Tensor>& indptr,
+    const std::optional<Tensor>& indices, const std::optional<Tensor>& column_indptr,
+    const std::optional<Tensor>& columns, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal,
+    int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale) {
+  constexpr const char* kOp = "block_attention_backward";
+  AttentionCall call = attention_call(
+      kOp, q, k, v, {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
+      or_null(cu_seqlens_q), or_null(cu_seqlens_k),
+      {block_m, block_n, causal, window, sinks, min_distance, scale});
+  BlockAttentionArgs& a = call.args;
+  const int64_t b = q.size(0);
+  const int64_t sq = q.size(1);
+  check_operand(kOp, "o", o, q.scalar_type(), {b, sq, a.heads, a.dv});
+  check_operand(kOp, "lse", lse, ScalarType::Float, {b, sq, a.heads});
+  check_dtype(kOp, "grad_o", grad_o_any, q.scalar_type());
+  check_shape(kOp, "grad_o", grad_o_any, {b, sq, a.heads, a.dv});
+  check_dtype(kOp, "grad_lse", grad_lse_any, ScalarType::Float);
+  check_shape(kOp, "grad_lse", grad_lse_any, {b, sq, a.heads});
+  Tensor grad_q = fast_empty({b, sq, a.heads, a.d}, q.scalar_type());
+  Tensor grad_k = fast_empty({b, k.size(1), a.kv_heads, a.d}, q.scalar_type());
+  Tensor grad_v = fast_empty({b, k.size(1), a.kv_heads, a.dv}, q.scalar_type());
+  if (b == 0) return {grad_q, grad_k, grad_v};
+  const Tensor grad_o = as_contiguous(grad_o_any);
+  const Tensor grad_lse = as_contiguous(grad_lse_any);
+  a.o = const_cast<void*>(o.const_data_ptr());
+  a.lse = const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
+  const Parallel parallel = torch_parallel();
+  const BlockAttentionBackwardPlan plan =
+      plan_block_attention_backward(a, active_isa(), parallel.threads);
+  const Workspace workspace(Scratch::bytes_for(plan.packed_bytes) +
+                            Scratch::bytes_for(plan.sum_count * 4) +
+                            plan.tasks * plan.scratch_bytes);
+  Scratch scratch = workspace.scratch();
+  a.packed = scratch.take<uint8_t>(plan.packed_bytes);
+  a.packed_unit_bytes = plan.packed_unit_bytes;
+  float* sums = scratch.take<float>(plan.sum_count);
+  const BlockAttentionBackwardArgs args{a,
+                                        grad_o.const_data_ptr(),
+                                        static_cast<const float*>(grad_lse.const_data_ptr()),
+                                        grad_q.mutable_data_ptr(),
+                                        grad_k.mutable_data_ptr(),
+                                        grad_v.mutable_data_ptr()};
+  block_attention_backward(args, plan, scratch.take<uint8_t>(plan.tasks * plan.scratch_bytes), sums,
+                           parallel);
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+}  // namespace ow
+
+STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
+  m.def(
+      "block_attention_train(Tensor q, Tensor k, Tensor v, Tensor? indptr, Tensor? indices, "
+      "Tensor? column_indptr, Tensor? columns, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "int block_m, int block_n, bool causal, int window, int sinks, int min_distance, "
+      "float? scale) -> (Tensor o, Tensor lse)");
+  m.def(
+      "block_attention_backward(Tensor grad_o, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor o, Tensor lse, Tensor? indptr, Tensor? indices, Tensor? column_indptr, "
+      "Tensor? columns, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int block_m, int block_n, "
+      "bool causal, int window, int sinks, int min_distance, float? scale) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(openwork, CPU, m) {
+  m.impl("block_attention_train", TORCH_BOX(&ow::block_attention_train));
+  m.impl("block_attention_backward", TORCH_BOX(&ow::block_attention_backward_op));
+}
