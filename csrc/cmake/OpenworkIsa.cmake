@@ -4,7 +4,7 @@
 
 set(OW_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(OW_FLAGS_avx512 ${OW_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni
-                    -mavx512vbmi -mprefer-vector-width=512
+                    -mavx512vbmi -mavx512vbmi2 -mprefer-vector-width=512
                     # gcc 12 sees uninitialized operands in its own intrinsics (GCC PR 105593)
                     -Wno-maybe-uninitialized -Wno-uninitialized)
 set(OW_FLAGS_avx512bf16 ${OW_FLAGS_avx512} -mavx512bf16)

@@ -161,7 +161,7 @@ void check_kernel(const KernelEntry<const NmGemmKernels*>& entry, const Shape& s
   const int32_t bits = layout_info(entry.key / 2)->bits;
   const Gemm p = make_gemm(shape, bits, entry.key % 2 == 1, variant);
   if (shape.m > entry.max_m) return;
-  if (p.args.int8 && entry.isa > Isa::scalar && !nm_lines_fit_groups(p.args)) return;
+  if (p.args.int8 && entry.isa > Isa::avx2 && !nm_lines_fit_groups(p.args)) return;
   const NmGemmKernels& kernels = *entry.fn;
   for (const Against side : kSides) {
     memory->restart(side);
@@ -259,7 +259,7 @@ void check_any_index(Guarded* memory) {
     for (const Shape& shape : kShapes) {
       Gemm p = make_gemm(shape, layout_info(entry.key / 2)->bits, entry.key % 2 == 1, 0);
       if (shape.m > entry.max_m) continue;
-      if (p.args.int8 && entry.isa > Isa::scalar && !nm_lines_fit_groups(p.args)) continue;
+      if (p.args.int8 && entry.isa > Isa::avx2 && !nm_lines_fit_groups(p.args)) continue;
       for (uint8_t& byte : p.index) byte = uint8_t(rng.below(256));
       memory->restart(Against::end);
       const NmGemmArgs a = guarded_args(p, 0, entry.fn->laid_bytes(p.args), memory);

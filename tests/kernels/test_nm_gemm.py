@@ -82,7 +82,8 @@ def takes(entry: Entry, m: int, pattern: tuple[int, int], k: int, group_size: in
     if m > entry.max_m:
         return False
     lines_fit = group_size == k or group_size // pattern[1] * pattern[0] % 4 == 0
-    return not reads_int8(entry) or entry.tier == "scalar" or (lines_fit and pattern != (1, 32))
+    anything = entry.tier in ("scalar", "avx2") or not reads_int8(entry)
+    return anything or (lines_fit and pattern != (1, 32))
 
 
 def random_mask(

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from openwork.nn import SparseLinear
 from openwork.prune import Stage, Unstructured, evopress, prune_model, wanda
 from openwork.prune.evopress import Levels, search
 
@@ -99,6 +101,21 @@ def test_fitness_is_the_divergence_of_the_pruned_model() -> None:
     p, q = dense(text).log_softmax(-1), expected.log_softmax(-1)
     divergence = F.kl_div(p, q, reduction="none", log_target=True).sum(-1).mean()
     assert found.fitness == (pytest.approx(float(divergence), rel=1e-3),)
+
+
+def test_candidates_run_without_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: set[nn.Module] = set()
+    forward = SparseLinear.forward
+
+    def recorded(self: SparseLinear, *x: Tensor, **options: Any) -> Tensor:
+        ran.add(self)
+        return forward(self, *x, **options)
+
+    monkeypatch.setattr(SparseLinear, "forward", recorded)
+    dense = model()
+    evopress(dense, "wanda", 0.5, tokens(4, 24), **SMALL | {"generations": 0})
+    assert len(ran) == len(list(dense.linears()))
+    assert not any(isinstance(module, SparseLinear) for module in dense.modules())
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ constexpr int64_t kNmRowsMaxM = 8;
   OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kAnyM, nm_gemm_panel_avx512))      \
   OW_IF_AVX512(OW_NM_GEMM_EACH_INT(X, avx512, true, kAnyM, nm_gemm_int8_avx512))    \
   OW_IF_AVX2(OW_NM_GEMM_EACH_LAYOUT(X, avx2, kAnyM, nm_gemm_panel_avx2))            \
+  OW_IF_AVX2(OW_NM_GEMM_EACH_INT(X, avx2, true, kAnyM, nm_gemm_int8_avx2))          \
   OW_NM_GEMM_EACH_LAYOUT(X, scalar, kAnyM, nm_gemm_scalar)                          \
   OW_NM_GEMM_EACH_INT(X, scalar, true, kAnyM, nm_gemm_scalar)
 
@@ -140,7 +141,7 @@ constexpr int64_t kNmRowsMaxM = 8;
 OW_NM_GEMM_KERNELS(OW_DECLARE)
 #undef OW_DECLARE
 
-// Whether the int8 kernels of tiers above scalar can take a weight: four slots of a line lie in one
+// Whether the int8 kernels of tiers above avx2 can take a weight: four slots of a line lie in one
 // group, and within 64 columns.
 OW_INLINE bool nm_lines_fit_groups(const NmGemmArgs& a) {
   const bool narrow = a.block < 32 || a.kept > 1;

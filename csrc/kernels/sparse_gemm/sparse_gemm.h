@@ -112,9 +112,12 @@ struct SparseGemmKernel {
 // Rows up to which expanding masks in registers may beat visiting values one by one; fewer where
 // few are stored (sparse_gemm.cpp).
 constexpr int64_t kExpandMaxRows = 16;
+// Rows up to which values and their columns are better listed before they are visited.
+constexpr int64_t kListMaxRows = 32;
 
 #define OW_SPARSE_GEMM_KERNELS(X)                                       \
   OW_IF_AVX512(X(avx512, 0, kExpandMaxRows, sparse_gemm_expand_avx512)) \
+  OW_IF_AVX512(X(avx512, 0, kListMaxRows, sparse_gemm_lists_avx512))    \
   OW_IF_AVX512(X(avx512, 0, kAnyM, sparse_gemm_tokens_avx512))          \
   OW_IF_AVX2(X(avx2, 0, kAnyM, sparse_gemm_tokens_avx2))                \
   X(scalar, 0, kAnyM, sparse_gemm_rows_scalar)

@@ -130,8 +130,8 @@ OW_INLINE void finish_outputs(const SparseGemmArgs& a, int64_t row, int64_t n, i
 
 // Outputs [n_begin, n_end) of `rows` rows of y from `first` on, from tile [.., width].
 template <class T>
-OW_INLINE void finish_tile(const SparseGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t first,
-                           int64_t rows, int64_t width, const float* tile) {
+OW_INLINE void finish_typed(const SparseGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t first,
+                            int64_t rows, int64_t width, const float* tile) {
   for (int64_t n = n_begin; n < n_end; n += kLanes) {
     const float* sums = tile + (n - n_begin) * width;
     for (int64_t i = 0; i < rows; i += kLanes) {
@@ -143,6 +143,15 @@ OW_INLINE void finish_tile(const SparseGemmArgs& a, int64_t n_begin, int64_t n_e
         finish_outputs<T>(a, first + i + t, n, n_end, square[t]);
       }
     }
+  }
+}
+
+OW_INLINE void finish_tile(const SparseGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t first,
+                           int64_t rows, int64_t width, const float* tile) {
+  switch (a.y_type) {
+    case FloatType::f32: return finish_typed<float>(a, n_begin, n_end, first, rows, width, tile);
+    case FloatType::bf16: return finish_typed<bf16>(a, n_begin, n_end, first, rows, width, tile);
+    case FloatType::f16: return finish_typed<f16>(a, n_begin, n_end, first, rows, width, tile);
   }
 }
 
@@ -194,11 +203,7 @@ void run_tokens(const SparseGemmArgs& a, int64_t begin, int64_t end, float* tile
       }
       const int64_t n = panel * kSparsePanel;
       const int64_t n_end = min_of(last * kSparsePanel, a.w.n);
-      switch (a.y_type) {
-        case FloatType::f32: finish_tile<float>(a, n, n_end, first, rows, width, tile); break;
-        case FloatType::bf16: finish_tile<bf16>(a, n, n_end, first, rows, width, tile); break;
-        case FloatType::f16: finish_tile<f16>(a, n, n_end, first, rows, width, tile); break;
-      }
+      finish_tile(a, n, n_end, first, rows, width, tile);
     }
   });
 }

@@ -6,7 +6,7 @@ for every linear. In every generation the best candidate so far has offspring::
 
     mutation      one linear a level up, another of the same size a level down: the total stays
     flips         of them at a time: the smaller of two draws from 1, 2, 3
-    fitness       KL from the dense model on sample text, lower is better
+    fitness       KL from the dense model on sample text, lower is better, run without zeros
     tournament    all offspring on little text, the best few on more, they and the parent on all
 
 The last stage always has the same text, and the parent in it, so fitness never rises.
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from openwork.prune.masks import Unstructured
 from openwork.prune.methods import METHODS, Method
+from openwork.prune.storage import sparse_linear
 from openwork.quant.calibration import InputSecondMoment, calibrate
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ def evopress(
     """Find the sparsity of every linear for a total, by running the model.
 
     The weights of every linear at ``2 reach + 1`` levels are made first, on the dense model's
-    inputs, and are all in memory. ``model`` is as before afterwards.
+    inputs, and are all in memory without their zeros. Candidates run through
+    :class:`~openwork.nn.SparseLinear`, as the pruned model would. ``model`` is as before
+    afterwards.
 
     Args:
         model: dense.
@@ -197,7 +200,7 @@ def evopress(
     run = _Database(function, dict(shares))
     run.start(model)
     calibrate(model, calibration, run, progress=progress)
-    fitness = _Fitness(model, run.weights, calibration)
+    fitness = _Fitness(model, run.linears, calibration)
     try:
         best, history = search(
             [model.get_submodule(name).get_parameter("weight").shape for name in shares],
@@ -233,10 +236,10 @@ def _shares(model: Llama, sparsity: float, step: float, reach: int) -> dict[str,
 
 
 class _Database:
-    """A calibration that changes nothing and keeps every linear's weight at every level."""
+    """A calibration that changes nothing and keeps every linear at every level, without zeros."""
 
     def __init__(self, method: Method, shares: dict[str, list[float]]) -> None:
-        self.weights: dict[str, list[Tensor]] = {}
+        self.linears: dict[str, list[nn.Module]] = {}
         self._method, self._shares = method, shares
         self._shares_of: dict[nn.Module, list[float]] = {}
 
@@ -261,7 +264,11 @@ class _Database:
     def install(
         self, name: str, parent: nn.Module, attribute: str, tensors: Mapping[str, Tensor]
     ) -> None:
-        self.weights[name] = [tensors[key] for key in sorted(tensors)]
+        bias = getattr(parent, attribute).bias
+        levels = [tensors[key] for key in sorted(tensors)]
+        if levels[0].dtype is torch.float16:  # stored values are float32 or bfloat16
+            levels = [weight.float() for weight in levels]
+        self.linears[name] = [sparse_linear(weight, bias, None) for weight in levels]
 
 
 class _Fitness:
@@ -271,10 +278,10 @@ class _Fitness:
     """
 
     def __init__(
-        self, model: Llama, weights: Mapping[str, Sequence[Tensor]], tokens: Tensor
+        self, model: Llama, linears: Mapping[str, Sequence[nn.Module]], tokens: Tensor
     ) -> None:
-        self._model, self._weights, self._tokens = model, weights, tokens
-        self._dense = {name: model.get_submodule(name).weight for name in weights}
+        self._model, self._linears, self._tokens = model, linears, tokens
+        self._dense = {name: model.get_submodule(name) for name in linears}
         # The head gives the logits back exactly, and states are far smaller.
         self._states = [model.hidden(sample[None])[0] for sample in tokens]
         self._known: dict[tuple[Levels, int], float] = {}
@@ -282,9 +289,8 @@ class _Fitness:
     def __call__(self, levels: Levels, samples: int) -> float:
         key = levels, samples
         if key not in self._known:
-            for (name, weights), level in zip(self._weights.items(), levels, strict=True):
-                linear = self._model.get_submodule(name)
-                linear.weight = nn.Parameter(weights[level], requires_grad=False)
+            for (name, linears), level in zip(self._linears.items(), levels, strict=True):
+                self._model.set_submodule(name, linears[level])
             sums = [self._divergence(index) for index in range(samples)]
             self._known[key] = sum(sums) / samples
         return self._known[key]
@@ -297,8 +303,8 @@ class _Fitness:
         return float(total)
 
     def restore(self) -> None:
-        for name, weight in self._dense.items():
-            self._model.get_submodule(name).weight = weight
+        for name, linear in self._dense.items():
+            self._model.set_submodule(name, linear)
 
 
 def _check_search(
