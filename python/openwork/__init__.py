@@ -17,6 +17,7 @@ from .packing import BlockSparseWeight, ColumnWeight, NmWeight, PackedWeight, Sp
 
 # These build on the names above.
 from . import checkpoint, models, prune, quant  # isort: skip
+from . import kvcache  # isort: skip
 from .checkpoint import save
 from .evaluation import evaluate
 from .models import generate, load
@@ -42,6 +43,7 @@ __all__ = [
     "info",
     "isa",
     "kernels",
+    "kvcache",
     "layouts",
     "load",
     "lowbit_linear",
