@@ -35,11 +35,11 @@ INCLUDE_RULES = (
     # Asks Linux for the tile registers.
     (r"core/isa\.cpp", rf"core/.*|sys/syscall\.h|unistd\.h|{STD}"),
     (r"core/.*", rf"core/.*|{STD}"),
-    (r"simd/.*", r"core/types\.h|simd/vec_\w+\.h|immintrin\.h"),
+    (r"simd/.*", r"core/types\.h|simd/\w+\.h|immintrin\.h"),
     # Files compiled once for each tier, and the headers they share: no C++ library.
     (
         r"kernels/(\w+)/\1_(?:\w*avx\w+|scalar|\w*body)\.(?:cpp|h)",
-        rf"kernels/\1/\1\w*\.h|simd/vec\.h|core/types\.h|immintrin\.h|{C_TYPES}",
+        rf"kernels/\1/\1\w*\.h|simd/\w+\.h|core/types\.h|immintrin\.h|{C_TYPES}",
     ),
     (r"kernels/(\w+)/\1\.h", rf"core/.*|{C_TYPES}"),
     (r"kernels/(\w+)/\1\w*\.cpp", rf"kernels/\1/\1\.h|core/.*|{STD}"),
@@ -63,10 +63,13 @@ INCLUDE_RULES = (
 IMPORT_RULES = {
     "_native": set(),
     "packing": {"_host", "_native"},
-    "ops": {"_native", "packing"},
+    "block_index": set(),
+    "kv_format": {"_host"},
+    "kv_pages": {"_host", "kv_format"},
+    "ops": {"_native", "block_index", "kv_pages", "packing"},
     "nn": {"ops", "packing"},
     "errors": set(),
-    "testing": {"_native", "ops", "packing"},
+    "testing": {"_native", "block_index", "kv_format", "kv_pages", "ops", "packing"},
 }
 # Only the part itself (and tests and bench) may import these.
 CLOSED = {"testing", "integrations", "cli", "_kernels"}

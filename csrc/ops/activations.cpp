@@ -124,7 +124,7 @@ Tensor rope_append_op(const Tensor& x_any, const Tensor& cos, const Tensor& sin,
   const int64_t t = x_any.size(1);
   const int64_t d = x_any.size(3);
   check_tables(kOp, cos, sin, t, d);
-  const int64_t g = check_cache(kOp, keys, values, b, d, x_any.scalar_type());
+  const int64_t g = check_cache(kOp, keys, values, b, d, d, x_any.scalar_type());
   check_position(kOp, keys, t, position);
   const int64_t h = x_any.size(2) - 2 * g;
   OW_CHECK(h >= 1, kOp, ": x must have more than 2 * kv_heads = ", 2 * g, " heads, got ",

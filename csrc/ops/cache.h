@@ -6,9 +6,10 @@
 
 namespace ow {
 
-// keys and values must be [b, kv_heads, max_len, d] of `type`; gives kv_heads.
+// keys must be [b, kv_heads, max_len, d] of `type`, and values alike with a last dimension of dv;
+// gives kv_heads.
 inline int64_t check_cache(const char* op, const Tensor& keys, const Tensor& values, int64_t b,
-                           int64_t d, ScalarType type) {
+                           int64_t d, int64_t dv, ScalarType type) {
   check_defined(op, "keys", keys);
   OW_CHECK(keys.dim() == 4, op, ": keys must be [b, kv_heads, max_len, d], got ", shape_text(keys));
   const int64_t g = keys.size(1);
@@ -16,11 +17,13 @@ inline int64_t check_cache(const char* op, const Tensor& keys, const Tensor& val
   // A view that repeats one token may claim any number of them.
   OW_CHECK(max_len < int64_t{1} << 31, op, ": keys must have fewer than 2^31 tokens, got ",
            max_len);
-  for (const auto& [name, cache] : {std::pair("keys", &keys), std::pair("values", &values)}) {
-    check_dtype(op, name, *cache, type);
-    check_shape(op, name, *cache, {b, g, max_len, d});
-    check_last_stride(op, name, *cache);
-  }
+  const auto check_half = [&](const char* name, const Tensor& half, int64_t last) {
+    check_dtype(op, name, half, type);
+    check_shape(op, name, half, {b, g, max_len, last});
+    check_last_stride(op, name, half);
+  };
+  check_half("keys", keys, d);
+  check_half("values", values, dv);
   return g;
 }
 
@@ -31,7 +34,8 @@ inline void check_position(const char* op, const Tensor& keys, int64_t t, int64_
            " (max_len less the tokens of x), got ", position);
 }
 
-// Of queries [b, queries, heads, d] over the first n tokens; q, states and y are still to be set.
+// Of queries [b, queries, heads, d] over the first n tokens; q, states, y and lse are still to be
+// set.
 inline DecodeAttentionArgs attention_over(const Tensor& keys, const Tensor& values, int64_t b,
                                           int64_t queries, int64_t heads, int64_t d, int64_t n,
                                           std::optional<double> scale) {
@@ -41,6 +45,7 @@ inline DecodeAttentionArgs attention_over(const Tensor& keys, const Tensor& valu
   args.heads = heads;
   args.kv_heads = keys.size(1);
   args.d = d;
+  args.dv = values.size(3);
   args.n = n;
   args.type = float_type(keys);
   args.scale = float(scale.value_or(1.0 / __builtin_sqrt(double(d))));

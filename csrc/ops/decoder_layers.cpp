@@ -85,7 +85,7 @@ const void* check_norm(const char* op, const Shape& s, const char* name, const T
 Layer check_layer(const char* op, const Shape& s, const Tensor* tensors, const int64_t* ints,
                   const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
                   int64_t position) {
-  const int64_t kv_heads = check_cache(op, keys, values, s.b, s.head_dim, s.dtype);
+  const int64_t kv_heads = check_cache(op, keys, values, s.b, s.head_dim, s.head_dim, s.dtype);
   check_position(op, keys, s.t, position);
   OW_CHECK(kv_heads == s.kv_heads, op, ": keys must have ", s.kv_heads,
            " heads, as the first layer's, got ", kv_heads);

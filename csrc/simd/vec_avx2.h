@@ -50,6 +50,11 @@ OW_INLINE VecF load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p,
 OW_INLINE VecF load_n(const bf16* p, int64_t n) { return widen_bf16(load_u16_n(p, n)); }
 OW_INLINE VecF load_n(const f16* p, int64_t n) { return {_mm256_cvtph_ps(load_u16_n(p, n))}; }
 
+OW_INLINE VecI load(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+OW_INLINE VecF gather(const float* table, VecI at) { return {_mm256_i32gather_ps(table, at.v, 4)}; }
+
 OW_INLINE void store(float* p, VecF a) { _mm256_storeu_ps(p, a.v); }
 OW_INLINE void store(bf16* p, VecF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a));
@@ -84,6 +89,7 @@ OW_INLINE VecF max_(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
 OW_INLINE VecI add(VecI a, VecI b) { return {_mm256_add_epi32(a.v, b.v)}; }
 OW_INLINE VecI sub(VecI a, VecI b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 OW_INLINE VecI max_(VecI a, VecI b) { return {_mm256_max_epi32(a.v, b.v)}; }
+OW_INLINE VecI bit_and(VecI a, VecI b) { return {_mm256_and_si256(a.v, b.v)}; }
 OW_INLINE VecI shift_left(VecI a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
 OW_INLINE VecI shift_right(VecI a, int n) { return {_mm256_srai_epi32(a.v, n)}; }
 
@@ -114,6 +120,18 @@ OW_INLINE void transpose(VecF (&rows)[8]) {
   }
 }
 
+OW_INLINE VecF sums_of(VecF (&rows)[8]) {
+  __m256 fours[2];  // of rows 4 i .. 4 i + 3: a sum of each 128 bits
+  for (int i = 0; i < 2; ++i) {
+    const __m256 low = _mm256_hadd_ps(rows[4 * i].v, rows[4 * i + 1].v);
+    const __m256 high = _mm256_hadd_ps(rows[4 * i + 2].v, rows[4 * i + 3].v);
+    fours[i] = _mm256_hadd_ps(low, high);
+  }
+  const __m256 low = _mm256_permute2f128_ps(fours[0], fours[1], 0x20);
+  const __m256 high = _mm256_permute2f128_ps(fours[0], fours[1], 0x31);
+  return {_mm256_add_ps(low, high)};
+}
+
 OW_INLINE float sum(VecF a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -123,6 +141,11 @@ OW_INLINE int32_t sum(VecI a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+OW_INLINE float max_of_lanes(VecF a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 OW_INLINE int32_t max_of_lanes(VecI a) {
   __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));

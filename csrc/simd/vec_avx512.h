@@ -43,6 +43,9 @@ OW_INLINE VecF load_n(const f16* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p))};
 }
 
+OW_INLINE VecI load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+OW_INLINE VecF gather(const float* table, VecI at) { return {_mm512_i32gather_ps(at.v, table, 4)}; }
+
 OW_INLINE void store(float* p, VecF a) { _mm512_storeu_ps(p, a.v); }
 OW_INLINE void store(bf16* p, VecF a) { _mm256_storeu_epi16(p, narrow_bf16(a)); }
 OW_INLINE void store(f16* p, VecF a) {
@@ -71,6 +74,7 @@ OW_INLINE VecF max_(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
 OW_INLINE VecI add(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 OW_INLINE VecI sub(VecI a, VecI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 OW_INLINE VecI max_(VecI a, VecI b) { return {_mm512_max_epi32(a.v, b.v)}; }
+OW_INLINE VecI bit_and(VecI a, VecI b) { return {_mm512_and_si512(a.v, b.v)}; }
 OW_INLINE VecI shift_left(VecI a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
 OW_INLINE VecI shift_right(VecI a, int n) { return {_mm512_srai_epi32(a.v, unsigned(n))}; }
 
@@ -110,8 +114,35 @@ OW_INLINE void transpose(VecF (&rows)[16]) {
   }
 }
 
+// 31 shuffles, where 16 sums one by one would take 64.
+OW_INLINE VecF sums_of(VecF (&rows)[16]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // of rows i and i + 8: eight lanes each
+    const __m512 low = _mm512_shuffle_f32x4(rows[i].v, rows[i + 8].v, 0x44);
+    const __m512 high = _mm512_shuffle_f32x4(rows[i].v, rows[i + 8].v, 0xee);
+    rows[i].v = _mm512_add_ps(low, high);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // of rows i, i + 4, i + 8, i + 12: four lanes each
+    const __m512 low = _mm512_shuffle_f32x4(rows[i].v, rows[i + 4].v, 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(rows[i].v, rows[i + 4].v, 0xdd);
+    rows[i].v = _mm512_add_ps(low, high);
+  }
+  __m512 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512 low = _mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    const __m512 high = _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    pairs[i] = _mm512_add_ps(low, high);
+  }
+  const __m512 low = _mm512_shuffle_ps(pairs[0], pairs[1], 0x44);
+  const __m512 high = _mm512_shuffle_ps(pairs[0], pairs[1], 0xee);
+  const __m512 sums = _mm512_add_ps(low, high);  // rows 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15
+  return {_mm512_shuffle_f32x4(sums, sums, 0xd8)};
+}
+
 OW_INLINE float sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
 OW_INLINE int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
+OW_INLINE float max_of_lanes(VecF a) { return _mm512_reduce_max_ps(a.v); }
 OW_INLINE int32_t max_of_lanes(VecI a) { return _mm512_reduce_max_epi32(a.v); }
 
 }  // namespace

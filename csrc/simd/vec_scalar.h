@@ -22,6 +22,8 @@ template <class T>
 OW_INLINE VecF load_n(const T* p, int64_t n) {
   return {n > 0 ? to_float(*p) : 0.0f};
 }
+OW_INLINE VecI load(const int32_t* p) { return {*p}; }
+OW_INLINE VecF gather(const float* table, VecI at) { return {table[at.v]}; }
 template <class T>
 OW_INLINE void store(T* p, VecF a) {
   from_float(a.v, p);
@@ -46,6 +48,7 @@ OW_INLINE VecF max_(VecF a, VecF b) { return {a.v > b.v ? a.v : b.v}; }
 OW_INLINE VecI add(VecI a, VecI b) { return {a.v + b.v}; }
 OW_INLINE VecI sub(VecI a, VecI b) { return {a.v - b.v}; }
 OW_INLINE VecI max_(VecI a, VecI b) { return {a.v > b.v ? a.v : b.v}; }
+OW_INLINE VecI bit_and(VecI a, VecI b) { return {a.v & b.v}; }
 OW_INLINE VecI shift_left(VecI a, int n) { return {int32_t(uint32_t(a.v) << n)}; }
 OW_INLINE VecI shift_right(VecI a, int n) { return {a.v >> n}; }
 
@@ -62,9 +65,11 @@ OW_INLINE VecI as_int(VecF a) { return {int32_t(float_to_bits(a.v))}; }
 OW_INLINE VecI abs_bits(VecF a) { return {int32_t(float_to_bits(a.v) & 0x7fffffff)}; }
 
 OW_INLINE void transpose(VecF (&)[1]) {}
+OW_INLINE VecF sums_of(VecF (&rows)[1]) { return rows[0]; }
 
 OW_INLINE float sum(VecF a) { return a.v; }
 OW_INLINE int32_t sum(VecI a) { return a.v; }
+OW_INLINE float max_of_lanes(VecF a) { return a.v; }
 OW_INLINE int32_t max_of_lanes(VecI a) { return a.v; }
 
 }  // namespace

@@ -299,7 +299,8 @@ void rope_kernel(const std::string& kernel, const py::array& x, const Array<floa
 }
 
 void decode_attention_kernel(const std::string& kernel, const py::array& q, const py::array& keys,
-                             const py::array& values, float scale, py::array y) {
+                             const py::array& values, float scale, py::array y,
+                             std::optional<py::array> lse) {
   check_contiguous(q, "q");
   DecodeAttentionArgs args{};
   args.b = q.shape(0);
@@ -307,6 +308,7 @@ void decode_attention_kernel(const std::string& kernel, const py::array& q, cons
   args.heads = q.shape(2);
   args.kv_heads = keys.shape(1);
   args.d = q.shape(3);
+  args.dv = values.shape(3);
   args.n = keys.shape(2);
   args.type = float_type(q, "q");
   args.scale = scale;
@@ -319,6 +321,7 @@ void decode_attention_kernel(const std::string& kernel, const py::array& q, cons
   std::vector<float> states(size_t(decode_attention_state_count(args)), bits_to_float(0x7fc00000));
   args.states = states.data();
   args.y = y.mutable_data();
+  args.lse = lse ? static_cast<float*>(lse->mutable_data()) : nullptr;
   const auto run = [&](const DecodeAttentionKernels& kernels) {
     kernels.attend(args, 0, items_of(args) * chunks_of(args));
     kernels.merge(args, 0, items_of(args));
@@ -356,10 +359,9 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("rope", &ow::rope_kernel, py::arg("kernel"), py::arg("x"), py::arg("cos"), py::arg("sin"),
         py::arg("turned"), py::arg("y"),
         "Writes y [b, t, h, d]; x and y may be strided, their last dimension contiguous.");
-  m.def(
-      "decode_attention", &ow::decode_attention_kernel, py::arg("kernel"), py::arg("q"),
-      py::arg("keys"), py::arg("values"), py::arg("scale"), py::arg("y"),
-      "Writes y [b, queries, heads, d]; keys and values [b, kv_heads, n, d] may be strided, their "
-      "last dimension contiguous.");
+  m.def("decode_attention", &ow::decode_attention_kernel, py::arg("kernel"), py::arg("q"),
+        py::arg("keys"), py::arg("values"), py::arg("scale"), py::arg("y"), py::arg("lse"),
+        "Writes y [b, queries, heads, dv] and lse [b, queries, heads], which may be None; keys and "
+        "values [b, kv_heads, n, d and dv] may be strided, their last dimension contiguous.");
   ow::bind_sparse_kernels(m);
 }

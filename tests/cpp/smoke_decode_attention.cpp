@@ -22,21 +22,21 @@ struct Attention {
   DecodeAttentionArgs args{};
   Bytes q, keys, values;
   // The formula in double, and how far from it fp32 may be.
-  std::vector<double> want, error;
+  std::vector<double> want, error, lse, lse_error;
 
   size_t y_bytes() const {
-    return size_t(args.b * args.queries * args.heads * args.d * float_size(args.type));
+    return size_t(args.b * args.queries * args.heads * args.dv * float_size(args.type));
   }
 };
 
-// Layouts of a cache of n + 2 tokens: a head's tokens together; a token's heads together; and a gap
-// after each token.
-CacheStrides cache_strides(const DecodeAttentionArgs& a, int layout) {
+// Layouts of a cache of n + 2 tokens of d numbers: a head's tokens together; a token's heads
+// together; and a gap after each token.
+CacheStrides cache_strides(const DecodeAttentionArgs& a, int64_t d, int layout) {
   const int64_t max_len = a.n + 2;
   switch (layout % 3) {
-    case 0: return {a.kv_heads * max_len * a.d, max_len * a.d, a.d};
-    case 1: return {max_len * a.kv_heads * a.d, a.d, a.kv_heads * a.d};
-    default: return {a.kv_heads * max_len * (a.d + 3), max_len * (a.d + 3), a.d + 3};
+    case 0: return {a.kv_heads * max_len * d, max_len * d, d};
+    case 1: return {max_len * a.kv_heads * d, d, a.kv_heads * d};
+    default: return {a.kv_heads * max_len * (d + 3), max_len * (d + 3), d + 3};
   }
 }
 
@@ -45,14 +45,14 @@ int64_t cache_at(const CacheStrides& strides, int64_t b, int64_t head, int64_t t
 }
 
 // Ends with the last key that may be read; between the keys there are NaNs.
-Bytes fill_cache(const DecodeAttentionArgs& a, const CacheStrides& strides) {
+Bytes fill_cache(const DecodeAttentionArgs& a, int64_t d, const CacheStrides& strides) {
   const int64_t size = float_size(a.type);
-  const int64_t count = cache_at(strides, a.b - 1, a.kv_heads - 1, a.n - 1) + a.d;
+  const int64_t count = cache_at(strides, a.b - 1, a.kv_heads - 1, a.n - 1) + d;
   Bytes cache(size_t(count * size), Guarded::kPoison);
   for (int64_t b = 0; b < a.b; ++b) {
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       for (int64_t token = 0; token < a.n; ++token) {
-        const Bytes row = floats(a.d, a.type, 1.0f);
+        const Bytes row = floats(d, a.type, 1.0f);
         memcpy(cache.data() + cache_at(strides, b, head, token) * size, row.data(), row.size());
       }
     }
@@ -89,7 +89,10 @@ void add_formula(Attention* p, int64_t b, int64_t query, int64_t query_head) {
   // sum of the weights is as far off; and the quotient.
   const double roundings =
       2.0 * (double(a.d + 3 + 4) * worst + 12.0 + double(a.n + chunks_of(a))) + 1.0;
-  for (int64_t i = 0; i < a.d; ++i) {
+  // Of lse: the roundings of a weight, of their sum, and its own.
+  p->lse.push_back(largest + log(total));
+  p->lse_error.push_back((roundings + fabs(p->lse.back()) + 2.0) * 0x1p-24);
+  for (int64_t i = 0; i < a.dv; ++i) {
     double sum = 0.0;
     double size = 0.0;
     for (size_t j = 0; j < weights.size(); ++j) {
@@ -113,14 +116,15 @@ Attention make_attention(int64_t b, int64_t queries, int64_t group, int64_t kv_h
   a.heads = group * kv_heads;
   a.kv_heads = kv_heads;
   a.d = d;
+  a.dv = variant % 4 == 3 ? d / 2 + 1 : d;
   a.n = n;
   a.type = kTypes[variant % 3];
   a.scale = 1.0f / sqrtf(float(d));
-  a.key_strides = cache_strides(a, variant / 3);
-  a.value_strides = cache_strides(a, variant / 9 + 1);
+  a.key_strides = cache_strides(a, d, variant / 3);
+  a.value_strides = cache_strides(a, a.dv, variant / 9 + 1);
   p.q = floats(b * queries * a.heads * d, a.type, 3.0f);
-  p.keys = fill_cache(a, a.key_strides);
-  p.values = fill_cache(a, a.value_strides);
+  p.keys = fill_cache(a, d, a.key_strides);
+  p.values = fill_cache(a, a.dv, a.value_strides);
   return p;
 }
 
@@ -135,6 +139,7 @@ void check_kernels(const KernelEntry<const DecodeAttentionKernels*>& entry, cons
     a.values = memory->copy(p.values);
     a.states = memory->empty<float>(size_t(decode_attention_state_count(a)));
     a.y = memory->empty<uint8_t>(p.y_bytes());
+    a.lse = memory->empty<float>(p.lse.size());
     // In two calls, the later units first: a call must keep to its own.
     const int64_t units = items_of(a) * chunks_of(a);
     entry.fn->attend(a, units / 2, units);
@@ -145,6 +150,9 @@ void check_kernels(const KernelEntry<const DecodeAttentionKernels*>& entry, cons
     for (size_t i = 0; i < p.want.size(); ++i) {
       const double bound = p.error[i] + double(roundoff(a.type)) * (fabs(p.want[i]) + p.error[i]);
       same &= fabs(double(read(a.y, a.type, int64_t(i))) - p.want[i]) <= bound + 0x1p-25;
+    }
+    for (size_t i = 0; i < p.lse.size(); ++i) {
+      same &= fabs(double(a.lse[i]) - p.lse[i]) <= p.lse_error[i];
     }
     CHECK(same, "%s: b %d, %d queries, heads %d of %d, d %d, n %d, type %d differs", entry.name,
           int(a.b), int(a.queries), int(a.heads), int(a.kv_heads), int(a.d), int(a.n), int(a.type));

@@ -52,7 +52,7 @@ def _attend(entry: Entry, q: Stored, keys: Stored, values: Stored, scale: float)
     """The kernel's result; what lies behind it must survive."""
     dtype = next(name for name, storage in floats.STORAGE.items() if q.dtype == storage)
     whole = floats.poisoned((q.shape[0] + 1, *q.shape[1:]), dtype)
-    _kernels.decode_attention(entry.name, q, keys, values, scale, whole[:-1])
+    _kernels.decode_attention(entry.name, q, keys, values, scale, whole[:-1], None)
     assert (floats.bits_of(whole)[-1] == floats.POISON[dtype]).all(), "wrote past the last row"
     return whole[:-1]
 

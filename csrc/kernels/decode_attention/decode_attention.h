@@ -1,15 +1,16 @@
 // Attention of a few queries a sequence over its cached keys and values:
 //
 //   y[b,t,h] = sum_j p_j values[b,g,j]      p = softmax_j(scale * q[b,t,h] . keys[b,g,j])
+//   lse[b,t,h] = log sum_j e^(scale * q[b,t,h] . keys[b,g,j])
 //
 // with g = h / (heads / kv_heads) and j < n - queries + t + 1: the last query sees all n keys, the
-// one before it one less (causal, aligned at the end).
+// one before it one less (causal, aligned at the end). A value may have another length than a key,
+// and may lie in it.
 //
 // Bound by the bytes of keys and values. The heads that share a key are rows of one pass over it.
-// Keys are taken in chunks of kKeyChunk, each of which leaves a state: the largest score m, the sum
-// l of e^(score - m), and the sum of e^(score - m) * value; states are merged in order of j. Chunks
-// do not depend on the number of threads, so neither does the result. e^(score - m) stops falling
-// at e^-87.3, 1e-38.
+// Keys are taken in chunks of kKeyChunk, each of which leaves a state (simd/attention.h); states
+// are merged in order of j. Chunks do not depend on the number of threads, so neither does the
+// result.
 #pragma once
 
 #include "core/kernel_table.h"
@@ -28,7 +29,8 @@ struct CacheStrides {
 
 struct DecodeAttentionArgs {
   int64_t b, queries, heads, kv_heads, d;
-  int64_t n;  // keys, at least `queries`
+  int64_t dv;  // dimensions of a value
+  int64_t n;   // keys, at least `queries`
   FloatType type;
   float scale;
   const void* q;  // [b, queries, heads, d]
@@ -36,8 +38,9 @@ struct DecodeAttentionArgs {
   CacheStrides key_strides;
   const void* values;
   CacheStrides value_strides;
-  float* states;  // [b * kv_heads, chunks, rows, d + 2]: sum of values, m, l
-  void* y;        // [b, queries, heads, d]
+  float* states;  // [b * kv_heads, chunks, rows, dv + 2]
+  void* y;        // [b, queries, heads, dv]
+  float* lse;     // [b, queries, heads], or null
 };
 
 // Rows of one key head: row r is query r / group and, of the heads that read it, the r % group th.
@@ -45,7 +48,7 @@ OW_INLINE int64_t group_of(const DecodeAttentionArgs& a) { return a.heads / a.kv
 OW_INLINE int64_t rows_of(const DecodeAttentionArgs& a) { return a.queries * group_of(a); }
 OW_INLINE int64_t chunks_of(const DecodeAttentionArgs& a) { return div_up(a.n, kKeyChunk); }
 OW_INLINE int64_t items_of(const DecodeAttentionArgs& a) { return a.b * a.kv_heads; }
-OW_INLINE int64_t state_size(const DecodeAttentionArgs& a) { return a.d + 2; }
+OW_INLINE int64_t state_size(const DecodeAttentionArgs& a) { return a.dv + 2; }
 
 struct DecodeAttentionKernels {
   // States of chunks [begin, end) of the items' chunks, in order of item, then chunk.
@@ -54,9 +57,10 @@ struct DecodeAttentionKernels {
   void (*merge)(const DecodeAttentionArgs&, int64_t begin, int64_t end);
 };
 
-#define OW_DECODE_ATTENTION_KERNELS(X)                       \
-  OW_IF_AVX512(X(avx512, 0, kAnyM, decode_attention_avx512)) \
-  OW_IF_AVX2(X(avx2, 0, kAnyM, decode_attention_avx2))       \
+#define OW_DECODE_ATTENTION_KERNELS(X)                                \
+  OW_IF_AVX512AMX(X(avx512amx, 0, kAnyM, decode_attention_avx512amx)) \
+  OW_IF_AVX512(X(avx512, 0, kAnyM, decode_attention_avx512))          \
+  OW_IF_AVX2(X(avx2, 0, kAnyM, decode_attention_avx2))                \
   X(scalar, 0, kAnyM, decode_attention_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const DecodeAttentionKernels kernels;

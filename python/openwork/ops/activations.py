@@ -186,7 +186,7 @@ def _rope_append_fake(
     _check_heads(op, x)
     b, t, heads, d = x.shape
     check_tables(op, cos, sin, t, d)
-    g, max_len = check_cache(op, keys, values, b, d, x.dtype)
+    g, max_len = check_cache(op, keys, values, b, d, d, x.dtype)
     check_position(op, max_len, t, position)
     check(
         heads > 2 * g,

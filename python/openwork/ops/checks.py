@@ -70,16 +70,16 @@ def check_operand(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape:
 
 
 def check_cache(
-    op: str, keys: Tensor, values: Tensor, b: int, d: int, dtype: torch.dtype
+    op: str, keys: Tensor, values: Tensor, b: int, d: int, dv: int, dtype: torch.dtype
 ) -> tuple[int, int]:
     """Returns kv_heads and max_len."""
     check_defined(op, "keys", keys)
     check(keys.dim() == 4, f"{op}: keys must be [b, kv_heads, max_len, d], got {list(keys.shape)}")
     g, max_len = keys.shape[1:3]
     check(max_len < 2**31, f"{op}: keys must have fewer than 2^31 tokens, got {max_len}")
-    for name, cache in (("keys", keys), ("values", values)):
+    for name, cache, last in (("keys", keys, d), ("values", values, dv)):
         check_dtype(op, name, cache, dtype)
-        check_shape(op, name, cache, [b, g, max_len, d])
+        check_shape(op, name, cache, [b, g, max_len, last])
         check_last_stride(op, name, cache)
     return g, max_len
 

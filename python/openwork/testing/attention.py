@@ -38,6 +38,7 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor]:
     d = q.shape[3]
     # A score is a sum of d products; its error turns into a relative error of its weight, and that
     # of all weights into twice as much of the result. Exponential, sums and quotient: 5 + length.
+    # (The three bf16 parts of a weight that tile products take are as good as fp32.)
     size = _scores(q.abs(), keys.abs(), length, None if scale is None else abs(scale))
     worst = size.nan_to_num(neginf=0.0).amax() if size.numel() else torch.tensor(0.0)
     steps = 2 * (d + 3) * worst + length + 10
@@ -110,6 +111,46 @@ def _cost(params: Mapping[str, Any]) -> Cost:
     return Cost(2 * b * (g * keys + t * h) * d * size, 4 * b * t * h * keys * d, "fp32")
 
 
+def decode_attention_lse(
+    q: Tensor, keys: Tensor, values: Tensor, length: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`decode_attention` with ``return_lse``, which is an operator of its own."""
+    return decode_attention(q, keys, values, length, scale, return_lse=True)
+
+
+def _lse_reference(
+    q: Tensor, keys: Tensor, values: Tensor, length: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    lse = _scores(q, keys, length, scale).logsumexp(-1).transpose(1, 2)
+    return decode_attention_reference(q, keys, values, length, scale), lse
+
+
+def _lse_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    q, keys, _, length, *rest = sample.args
+    d = q.shape[3]
+    scale = abs(rest[0]) if rest and rest[0] is not None else 1 / math.sqrt(d)
+    # The error of a score is one of the logarithm, and so is a relative one of the sum.
+    worst = _scores(q.abs(), keys.abs(), length, scale).nan_to_num(neginf=0.0).amax()
+    steps = (d + 7) * worst + length + 20 + expected[1].abs()
+    return *_tolerance(sample, expected), EPS[torch.float32] * steps
+
+
+def _lse_samples() -> Iterator[Sample]:
+    yield from (s for s in _samples() if not s.name.startswith(("0x", "2x0x")))
+    generator = torch.Generator().manual_seed(10)
+    for dtype in EPS:
+        # Multi-head latent attention: values lie in the keys.
+        q = torch.randn(1, 2, 20, 24, generator=generator).to(dtype)
+        latent = torch.randn(1, 1, 150, 24, generator=generator).to(dtype)
+        yield Sample(f"latent-{str(dtype)[6:]}", (q, latent, latent[..., :17], 140))
+
+
+def _lse_rejects() -> Iterator[Reject]:
+    q, cache = torch.ones(1, 2, 4, 6), torch.ones(1, 2, 8, 6)
+    yield Reject("no-dv", (q, cache, cache[..., :0], 3), {}, "dv at least 1, got [1, 2, 8, 0]")
+    yield Reject("length", (q, cache, cache, 9), {}, "length must be in 2 .. 8")
+
+
 CASES = (
     OpCase(
         "decode_attention",
@@ -127,5 +168,14 @@ CASES = (
             for dtype in ("float32", "bfloat16")
         ),
         cost=_cost,
+    ),
+    OpCase(
+        "decode_attention_lse",
+        decode_attention_lse,
+        _lse_reference,
+        _lse_tolerance,
+        raw=lambda s: s.args,
+        samples=lambda: list(_lse_samples()),
+        rejects=lambda: list(_lse_rejects()),
     ),
 )

@@ -1,0 +1,256 @@
+// Reading, moving, bounding and scoring pages in terms of simd/vec.h; each kv_cache_<tier>.cpp
+// compiles it once, with kv_cache_quantize_body.h, which writes them.
+#pragma once
+
+#include "kernels/kv_cache/kv_cache_quantize_body.h"
+
+namespace ow::OW_TARGET {
+namespace {
+
+template <class In, class Out>
+OW_INLINE void convert(const In* x, int64_t n, Out* y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = min_of(kLanes, n - i);
+    store_up_to(y + i, load_up_to(x + i, lanes), lanes);
+  }
+}
+
+// x^ of one token, from pages of T.
+template <class T, class Out>
+void read_token(const PagesOfRow& row, int64_t token, Out* y) {
+  const KVSide& s = row.s;
+  if (is_dense(s)) {
+    return convert(static_cast<const T*>(s.rows) + row.slot(token) * s.d, s.d, y);
+  }
+  uint8_t codes[kCodeRow];
+  float levels[kMaxKVChannels];
+  row.get_codes(token, codes);
+  if (s.table == nullptr) {
+    for (int64_t c = 0; c < s.d; ++c) levels[c] = float(codes[c]);
+  } else {
+    for (int64_t c = 0; c < s.d; ++c) levels[c] = s.table[codes[c]];
+  }
+  const T* scales = static_cast<const T*>(s.scales) + row.scale_at(token, 0);
+  const T* mins = static_cast<const T*>(s.mins) + row.scale_at(token, 0);
+  if (s.axis == KVAxis::channel) {
+    for (int64_t c = 0; c < s.d; c += kLanes) {
+      const int64_t lanes = min_of(kLanes, s.d - c);
+      const VecF value = fma(load_up_to(levels + c, lanes), load_up_to(scales + c, lanes),
+                             load_up_to(mins + c, lanes));
+      store_up_to(y + c, value, lanes);
+    }
+  } else {
+    for (int64_t begin = 0; begin < s.d; begin += s.group_size) {
+      const int64_t at = begin / s.group_size * row.p.page_size;
+      const VecF scale = set1(ow::to_float(scales[at]));
+      const VecF min = set1(ow::to_float(mins[at]));
+      const int64_t end = min_of(begin + s.group_size, s.d);
+      for (int64_t c = begin; c < end; c += kLanes) {
+        const int64_t lanes = min_of(kLanes, end - c);
+        store_up_to(y + c, fma(load_up_to(levels + c, lanes), scale, min), lanes);
+      }
+    }
+  }
+  for (int64_t i = 0; i < s.outliers; ++i) {
+    const int64_t at = row.slot(token) * s.outliers + i;
+    const int64_t c = s.outlier_index[at];
+    if (c < s.d) from_float(ow::to_float(static_cast<const T*>(s.outlier_values)[at]), y + c);
+  }
+}
+
+template <class T, class Out>
+void read_tokens(const PagesOfRow& row, int64_t first, int64_t count, Out* y) {
+  for (int64_t t = 0; t < count; ++t) read_token<T>(row, first + t, y + t * row.s.d);
+}
+
+template <class Out>
+void read_from_type(const PagesOfRow& row, int64_t first, int64_t count, Out* y) {
+  switch (row.p.type) {
+    case FloatType::f32: return read_tokens<float>(row, first, count, y);
+    case FloatType::bf16: return read_tokens<bf16>(row, first, count, y);
+    case FloatType::f16: return read_tokens<f16>(row, first, count, y);
+  }
+}
+
+void read_any(const KVPages& p, KVPart part, int64_t r, int64_t first, int64_t count,
+              FloatType type, void* y) {
+  const PagesOfRow row(p, part, r);
+  switch (type) {
+    case FloatType::f32: return read_from_type(row, first, count, static_cast<float*>(y));
+    case FloatType::bf16: return read_from_type(row, first, count, static_cast<bf16*>(y));
+    case FloatType::f16: return read_from_type(row, first, count, static_cast<f16*>(y));
+  }
+}
+
+void copy_bytes(void* base, int64_t to, int64_t from, int64_t count, int64_t size) {
+  memmove(static_cast<char*>(base) + to * size, static_cast<char*>(base) + from * size,
+          size_t(count * size));
+}
+
+// Scale and min of the group of `channel` that the token is in; on a channel axis those of every
+// channel.
+void move_grid(const PagesOfRow& row, int64_t from, int64_t to, int64_t channel, int64_t size) {
+  const int64_t count = row.s.axis == KVAxis::channel ? row.s.d : 1;
+  const int64_t source = row.scale_at(from, channel);
+  const int64_t target = row.scale_at(to, channel);
+  copy_bytes(row.s.scales, target, source, count, size);
+  copy_bytes(row.s.mins, target, source, count, size);
+}
+
+void move_any(const KVPages& p, KVPart part, int64_t r, int64_t from, int64_t to, int64_t count) {
+  const PagesOfRow row(p, part, r);
+  const KVSide& s = row.s;
+  const int64_t size = float_size(p.type);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t source = row.slot(from + t);
+    const int64_t target = row.slot(to + t);
+    if (is_dense(s)) {
+      copy_bytes(s.rows, target * s.d, source * s.d, s.d, size);
+      continue;
+    }
+    uint8_t codes[kCodeRow] = {};
+    row.get_codes(from + t, codes);
+    row.put_codes(to + t, codes);
+    if (s.axis == KVAxis::token) {
+      for (int64_t c = 0; c < s.d; c += s.group_size) move_grid(row, from + t, to + t, c, size);
+    } else if (t % s.group_size == 0) {
+      move_grid(row, from + t, to + t, 0, size);
+    }
+    if (s.outliers > 0) {
+      copy_bytes(s.outlier_index, target * s.outliers, source * s.outliers, s.outliers, 1);
+      copy_bytes(s.outlier_values, target * s.outliers, source * s.outliers, s.outliers, size);
+    }
+  }
+}
+
+// Dense keys are of type T already; what others become in fp32 is rounded outwards.
+template <class T>
+OW_INLINE void store_bounds(const float* values, int64_t d, bool exact, bool up, T* out) {
+  if (exact) return convert(values, d, out);
+  for (int64_t c = 0; c < d; ++c) out[c] = rounded<T>(values[c], up);
+}
+
+template <class T>
+void bound_tokens(const PagesOfRow& row, int64_t first, int64_t end) {
+  const int64_t d = row.s.d;
+  float low[kMaxKVChannels], high[kMaxKVChannels], x[kMaxKVChannels];
+  for (int64_t chunk = first / kBoundTokens; chunk * kBoundTokens < end; ++chunk) {
+    const int64_t begin = chunk * kBoundTokens;
+    const int64_t last = min_of(begin + kBoundTokens, end);
+    for (int64_t token = begin; token < last; ++token) {
+      read_token<T>(row, token, x);
+      for (int64_t c = 0; c < d; c += kLanes) {
+        const int64_t lanes = min_of(kLanes, d - c);
+        const VecF value = load_up_to(x + c, lanes);
+        const bool fresh = token == begin;
+        store_up_to(low + c, fresh ? value : smaller(load_up_to(low + c, lanes), value), lanes);
+        store_up_to(high + c, fresh ? value : max_(load_up_to(high + c, lanes), value), lanes);
+      }
+    }
+    const int64_t at = row.slot(begin) / kBoundTokens * d;
+    store_bounds(low, d, is_dense(row.s), false, static_cast<T*>(row.p.key_min) + at);
+    store_bounds(high, d, is_dense(row.s), true, static_cast<T*>(row.p.key_max) + at);
+  }
+}
+
+void bound_any(const KVPages& p, int64_t r, int64_t first, int64_t end) {
+  const PagesOfRow row(p, KVPart::keys, r);
+  switch (p.type) {
+    case FloatType::f32: return bound_tokens<float>(row, first, end);
+    case FloatType::bf16: return bound_tokens<bf16>(row, first, end);
+    case FloatType::f16: return bound_tokens<f16>(row, first, end);
+  }
+}
+
+// Queries that share a pass over the bounds, and so their loads.
+constexpr int64_t kScoreQueries = 4;
+
+// sum_c max(q min, q max) of some queries from `first` on; those past the last repeat it.
+template <class T>
+OW_INLINE void bound_products(const PageScoreArgs& a, int64_t first, const T* low, const T* high,
+                              float* products) {
+  const int64_t d = a.pages->keys.d;
+  const float* positive[kScoreQueries];
+  const float* negative[kScoreQueries];
+  VecF totals[kScoreQueries];
+#pragma GCC unroll 4
+  for (int i = 0; i < kScoreQueries; ++i) {
+    const int64_t query = min_of(first + i, a.queries - 1);
+    positive[i] = a.q_positive + query * d;
+    negative[i] = a.q_negative + query * d;
+    totals[i] = set1(0.0f);
+  }
+  for (int64_t c = 0; c < d; c += kLanes) {
+    const int64_t lanes = min_of(kLanes, d - c);
+    const VecF top = load_up_to(high + c, lanes);
+    const VecF bottom = load_up_to(low + c, lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kScoreQueries; ++i) {
+      totals[i] = fma(load_up_to(positive[i] + c, lanes), top, totals[i]);
+      totals[i] = fma(load_up_to(negative[i] + c, lanes), bottom, totals[i]);
+    }
+  }
+  for (int i = 0; i < kScoreQueries; ++i) products[i] = sum(totals[i]);
+}
+
+// Bounds of a whole page from those of its tokens.
+template <class T>
+OW_INLINE void widen_bounds(const T* low, const T* high, int64_t chunks, int64_t d, float* lowest,
+                            float* highest) {
+  for (int64_t c = 0; c < d; c += kLanes) {
+    const int64_t lanes = min_of(kLanes, d - c);
+    VecF bottom = load_up_to(low + c, lanes);
+    VecF top = load_up_to(high + c, lanes);
+    for (int64_t i = 1; i < chunks; ++i) {
+      bottom = smaller(bottom, load_up_to(low + i * d + c, lanes));
+      top = max_(top, load_up_to(high + i * d + c, lanes));
+    }
+    store_up_to(lowest + c, bottom, lanes);
+    store_up_to(highest + c, top, lanes);
+  }
+}
+
+template <class T>
+void score_pages(const PageScoreArgs& a, int64_t begin, int64_t end) {
+  const PagesOfRow row(*a.pages, KVPart::keys, a.row);
+  const int64_t d = row.s.d;
+  const int64_t held = row.s.committed[a.row];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = i * row.p.page_size;
+    const int64_t chunks = div_up(min_of(row.p.page_size, held - first), kBoundTokens);
+    const T* low = static_cast<const T*>(row.p.key_min) + row.slot(first) / kBoundTokens * d;
+    const T* high = static_cast<const T*>(row.p.key_max) + row.slot(first) / kBoundTokens * d;
+    float lowest[kMaxKVChannels], highest[kMaxKVChannels];
+    if (!a.chunks) widen_bounds(low, high, chunks, d, lowest, highest);
+    float score = a.sum ? 0.0f : -__builtin_inff();
+    for (int64_t query = 0; query < a.queries; query += kScoreQueries) {
+      float best[kScoreQueries];
+      if (a.chunks) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          float products[kScoreQueries];
+          bound_products(a, query, low + chunk * d, high + chunk * d, products);
+          for (int j = 0; j < kScoreQueries; ++j) {
+            best[j] = chunk == 0 || products[j] > best[j] ? products[j] : best[j];
+          }
+        }
+      } else {
+        bound_products(a, query, lowest, highest, best);
+      }
+      for (int64_t j = 0; j < min_of(kScoreQueries, a.queries - query); ++j) {
+        score = a.sum ? score + best[j] : (best[j] > score ? best[j] : score);
+      }
+    }
+    a.scores[i] = score;
+  }
+}
+
+void score_any(const PageScoreArgs& a, int64_t begin, int64_t end) {
+  switch (a.pages->type) {
+    case FloatType::f32: return score_pages<float>(a, begin, end);
+    case FloatType::bf16: return score_pages<bf16>(a, begin, end);
+    case FloatType::f16: return score_pages<f16>(a, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace ow::OW_TARGET
