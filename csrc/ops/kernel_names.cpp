@@ -11,6 +11,7 @@
 #include "kernels/line_scores/line_scores.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/nm_gemm/nm_gemm.h"
+#include "kernels/paged_attention/paged_attention.h"
 #include "kernels/quantize/quantize.h"
 #include "kernels/sparse_gemm/sparse_gemm.h"
 
@@ -30,6 +31,7 @@ std::vector<KernelName> kernel_names() {
       OW_ACTIVATIONS_KERNELS(OW_NAME)        //
       OW_DECODE_ATTENTION_KERNELS(OW_NAME)   //
       OW_KV_CACHE_KERNELS(OW_NAME)           //
+      OW_PAGED_ATTENTION_KERNELS(OW_NAME)    //
       OW_SPARSE_GEMM_KERNELS(OW_NAME)        //
       OW_SAMPLED_GEMM_KERNELS(OW_NAME)       //
       OW_BLOCK_SPARSE_GEMM_KERNELS(OW_NAME)  //

@@ -1,12 +1,13 @@
 // Attention of a few query rows over some keys, in terms of simd/vec.h:
 //
 //   score_keys    s[r,j] = scale * q_r . key_j
-//   soften        w[r,j] = e^(s[r,j] - m_r), m_r the largest s[r,j]; l_r = sum_j w[r,j]
-//   sum_values    o[r,i] = sum_j w[r,j] value_j[i]
+//   soften        w[r,j] = e^(s[r,j] - m_r), m_r the largest s[r,j] so far; l_r += sum_j w[r,j]
+//   sum_values    o[r,i] += sum_j w[r,j] value_j[i]
 //   merge_states  the result over all keys, from the states of its parts
 //
-// The state of a row over a part of the keys is (o, m, l), in memory o[dv], m, l. A part without a
-// key has m = -infinity. Merging weighs each part by e^(m - largest m):
+// The state of a row over the keys so far is (o, m, l), in memory o[dv], m, l; when m grows, o and
+// l shrink by e^(old m - m). Without a key m is -infinity. Merging weighs each part by e^(m -
+// largest m):
 //
 //   y = sum_c f_c o_c / sum_c f_c l_c      lse = largest m + log sum_c f_c l_c
 //
@@ -26,6 +27,23 @@ constexpr int kRowBlock = 4;
 constexpr int kVectors = 4;
 
 constexpr float kMinusInfinity = -__builtin_inff();
+
+// What will be read next, fetched into the cache row by row while other rows are computed with:
+// left to the hardware, arithmetic and memory take turns (measured: their times add up).
+struct Ahead {
+  const void* rows = nullptr;
+  int64_t stride = 0;  // in bytes
+  int64_t bytes = 0;   // of a row
+
+  template <class T>
+  static Ahead of(const T* rows, int64_t stride, int64_t d) {
+    return {rows, stride * int64_t(sizeof(T)), d * int64_t(sizeof(T))};
+  }
+  void fetch(int64_t row) const {
+    const char* p = static_cast<const char*>(rows) + row * stride;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+};
 
 template <class T>
 OW_INLINE VecF load_up_to(const T* p, int64_t lanes) {
@@ -74,12 +92,13 @@ OW_INLINE void score_block(const Q* const* q, const T* keys, int64_t stride, int
 
 template <int kRows, class Q, class T>
 OW_INLINE void score_keys(const Q* const* q, const T* keys, int64_t stride, int64_t count,
-                          int64_t d, float scale, float* const* scores) {
+                          int64_t d, float scale, float* const* scores, const Ahead& ahead) {
   constexpr int kKeys = kLanes > kRows ? int(kLanes) / kRows : 1;
   float* to[kRows];
   const auto block = [&](int64_t j, auto score) __attribute__((always_inline)) {
     for (int r = 0; r < kRows; ++r) to[r] = scores[r] + j;
     score(keys + j * stride);
+    for (int i = 0; i < kKeys; ++i) ahead.fetch(j + i);
   };
   int64_t j = 0;
   for (; j + kKeys <= count; j += kKeys) {
@@ -90,17 +109,26 @@ OW_INLINE void score_keys(const Q* const* q, const T* keys, int64_t stride, int6
   }
 }
 
-// Turns scores into weights, in place.
-OW_INLINE void soften(float* scores, int64_t count, float* m, float* l) {
-  VecF most = set1(kMinusInfinity);
+// Turns scores into weights, in place, and brings the row's state (o, m, l) to their largest score:
+// o still lacks the values of these keys.
+OW_INLINE void soften(float* scores, int64_t count, int64_t dv, float* state) {
+  float& m = state[dv];
+  float& l = state[dv + 1];
+  VecF most = set1(m);
   for (int64_t j = 0; j + kLanes <= count; j += kLanes) most = max_(load(scores + j), most);
-  float lanes[kLanes];
-  store(lanes, most);
-  float largest = kMinusInfinity;
-  for (int64_t i = 0; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  float largest = max_of_lanes(most);
   for (int64_t j = count / kLanes * kLanes; j < count; ++j) {
     largest = scores[j] > largest ? scores[j] : largest;
   }
+  if (largest > m && m != kMinusInfinity) {
+    const VecF factor = exp_(set1(m - largest));
+    for (int64_t i = 0; i < dv; i += kLanes) {
+      const int64_t some = min_of(kLanes, dv - i);
+      store_n(state + i, mul(load_n(state + i, some), factor), some);
+    }
+    store_n(&l, mul(set1(l), factor), 1);
+  }
+  m = largest;
   VecF total = set1(0.0f);
   for (int64_t j = 0; j < count; j += kLanes) {
     const int64_t some = min_of(kLanes, count - j);
@@ -110,15 +138,22 @@ OW_INLINE void soften(float* scores, int64_t count, float* m, float* l) {
     store_n(scores + j, add(weight, sub(score, score)), some);
     total = add(total, load_n(scores + j, some));
   }
-  *m = largest;
-  *l = sum(total);
+  l += sum(total);
 }
 
-// kAdd: adds to what `out` holds.
-template <int kRows, bool kAdd, class T>
+OW_INLINE void clear_states(float* states, int64_t rows, int64_t dv) {
+  for (int64_t r = 0; r < rows; ++r, states += dv + 2) {
+    memset(states, 0, size_t(dv + 2) * sizeof(float));
+    states[dv] = kMinusInfinity;
+  }
+}
+
+// out[r][i] += sum_j weights[r][j] * value_j[i]
+template <int kRows, class T>
 OW_INLINE void sum_values(const float* const* weights, const T* values, int64_t stride,
-                          int64_t count, int64_t d, float* const* out) {
+                          int64_t count, int64_t d, float* const* out, const Ahead& ahead) {
   for (int64_t begin = 0; begin < d; begin += kVectors * kLanes) {
+    const Ahead next = begin == 0 ? ahead : Ahead{};
     const int64_t size = min_of(kVectors * kLanes, d - begin);
     VecF acc[kRows][kVectors];
 #pragma GCC unroll 4
@@ -126,7 +161,7 @@ OW_INLINE void sum_values(const float* const* weights, const T* values, int64_t 
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t lanes = size - v * kLanes;
-        acc[r][v] = kAdd && lanes > 0 ? load_n(out[r] + begin + v * kLanes, lanes) : set1(0.0f);
+        acc[r][v] = lanes > 0 ? load_n(out[r] + begin + v * kLanes, lanes) : set1(0.0f);
       }
     }
     const auto add_value = [&](int64_t j, auto load_at) __attribute__((always_inline)) {
@@ -136,6 +171,7 @@ OW_INLINE void sum_values(const float* const* weights, const T* values, int64_t 
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) acc[r][v] = fma(set1(weights[r][j]), value, acc[r][v]);
       }
+      next.fetch(j);
     };
     if (size == kVectors * kLanes) {
       for (int64_t j = 0; j < count; ++j) add_value(j, [](const T* p, int) { return load(p); });

@@ -82,9 +82,10 @@ class KeyTiles {
 
 // scores[r][j] = scale * q_r . key_j. Two blocks of 16 keys at a time: their products need not wait
 // for each other.
-template <int64_t kMaxD>
+template <int64_t kMaxD, class Fetch>
 void score_keys_bf16(const PackedQueries<kMaxD>& q, int64_t rows, const bf16* keys, int64_t stride,
-                     int64_t count, int64_t d, float scale, float* scores, int64_t scores_stride) {
+                     int64_t count, int64_t d, float scale, float* scores, int64_t scores_stride,
+                     const Fetch& ahead) {
   alignas(64) float sums[2][kTileRows][kTileRows];
   for (int64_t begin = 0; begin < count; begin += 2 * kTileRows) {
     KeyTiles first(keys + begin * stride, stride, count - begin, d);
@@ -101,6 +102,7 @@ void score_keys_bf16(const PackedQueries<kMaxD>& q, int64_t rows, const bf16* ke
         multiply_bf16<1, 3, 4>();
       }
     }
+    for (int64_t j = begin; j < begin + 2 * kTileRows; ++j) ahead.fetch(j);
     store_tile<0>(sums[0], 64);
     store_tile<1>(sums[1], 64);
     for (int64_t half = 0; half < 2; ++half) {
@@ -149,29 +151,46 @@ class WeightParts {
 template <int64_t kMaxCount>
 class ValueLines {
  public:
-  void fill(const bf16* values, int64_t stride, int64_t count, int64_t size) {
-    for (int64_t j = 0; j < round_up(count, kDepth); j += 2) {
-      for (int64_t i = 0; i < size; i += kDepth) {
-        const __m512i first =
-            load_bf16(values + (j < count ? j * stride + i : 0), j < count ? size - i : 0);
-        const __m512i second = load_bf16(values + (j + 1 < count ? (j + 1) * stride + i : 0),
-                                         j + 1 < count ? size - i : 0);
-        uint8_t(*lines)[kTileRows][64] = lines_[j / kDepth] + i / kTileRows;
-        _mm512_store_si512(lines[0][j % kDepth / 2], _mm512_unpacklo_epi16(first, second));
-        _mm512_store_si512(lines[1][j % kDepth / 2], _mm512_unpackhi_epi16(first, second));
-      }
+  template <class Fetch>
+  void fill(const bf16* values, int64_t stride, int64_t count, int64_t size, const Fetch& ahead) {
+    const int64_t whole = size == kValueBlock ? count / 2 * 2 : 0;
+    for (int64_t j = 0; j < whole; j += 2) {
+      put(j, values + j * stride, values + (j + 1) * stride,
+          [](const bf16* p, int64_t i) { return _mm512_loadu_si512(p + i); });
+      ahead.fetch(j), ahead.fetch(j + 1);
+    }
+    for (int64_t j = whole; j < round_up(count, kDepth); j += 2) {
+      const auto row = [&](int64_t token) {
+        return token < count ? values + token * stride : nullptr;
+      };
+      put(j, row(j), row(j + 1), [size](const bf16* p, int64_t i) {
+        return p == nullptr ? _mm512_setzero_si512() : load_bf16(p + (i < size ? i : 0), size - i);
+      });
     }
   }
   const void* tile(int64_t token, int64_t block) const { return lines_[token / kDepth][block]; }
 
  private:
+  template <class Load>
+  void put(int64_t j, const bf16* first, const bf16* second, const Load& load_at) {
+    uint8_t(*lines)[kTileRows][64] = lines_[j / kDepth];
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kValueBlock / kDepth; ++i) {
+      const __m512i a = load_at(first, i * kDepth);
+      const __m512i b = load_at(second, i * kDepth);
+      _mm512_store_si512(lines[2 * i][j % kDepth / 2], _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(lines[2 * i + 1][j % kDepth / 2], _mm512_unpackhi_epi16(a, b));
+    }
+  }
+
   alignas(64) uint8_t lines_[kMaxCount / kDepth][kValueBlock / kTileRows][kTileRows][64];
 };
 
-// out[r][i] = sum_j weights[r][j] * value_j[i]
-template <int64_t kMaxCount>
+// out[r][i] += sum_j weights[r][j] * value_j[i]
+template <int64_t kMaxCount, class Fetch>
 void sum_values_bf16(const float* weights, int64_t weights_stride, int64_t rows, const bf16* values,
-                     int64_t stride, int64_t count, int64_t d, float* out, int64_t out_stride) {
+                     int64_t stride, int64_t count, int64_t d, float* out, int64_t out_stride,
+                     const Fetch& ahead) {
   constexpr int64_t kBlocks = kValueBlock / kTileRows;
   const WeightParts<kMaxCount> parts(weights, weights_stride, rows, count);
   const int64_t tiles = div_up(kParts * rows, kTileRows);
@@ -179,7 +198,11 @@ void sum_values_bf16(const float* weights, int64_t weights_stride, int64_t rows,
   alignas(64) float sums[kParts * kTileRows][kBlocks][kTileRows];
   for (int64_t begin = 0; begin < d; begin += kValueBlock) {
     const int64_t size = min_of(kValueBlock, d - begin);
-    lines.fill(values + begin, stride, count, size);
+    if (begin == 0) {
+      lines.fill(values + begin, stride, count, size, ahead);
+    } else {
+      lines.fill(values + begin, stride, count, size, Ahead{});
+    }
     for (int64_t t = 0; t < tiles; ++t) {
       zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
       for (int64_t j = 0; j < count; j += kDepth) {
@@ -213,14 +236,17 @@ void sum_values_bf16(const float* weights, int64_t weights_stride, int64_t rows,
           const __m512 mixed = four(low.v, high.v);
           return VecF{_mm512_shuffle_f32x4(mixed, mixed, 0xd8)};
         };
+        const auto add_to = [&](float* to, VecF sum, int64_t lanes) __attribute__((always_inline)) {
+          store_n(to, add(load_n(to, lanes), sum), lanes);
+        };
         float* to = out + r * out_stride + begin + i;
-        store_n(to, join([](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x44); }),
-                size - i);
-        if (size - i > kLanes) {
-          store_n(to + kLanes,
-                  join([](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xee); }),
-                  size - i - kLanes);
-        }
+        const VecF first =
+            join([](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x44); });
+        add_to(to, first, size - i);
+        if (size - i <= kLanes) continue;
+        const VecF second =
+            join([](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xee); });
+        add_to(to + kLanes, second, size - i - kLanes);
       }
     }
   }

@@ -7,9 +7,10 @@
 //   load (int32), gather (entries of a table of floats)
 //   store / store_n     to float, bf16, f16, rounding to nearest even
 //   set1 add sub mul fma max_ div_ sqrt_, to_int (nearest even), to_float, abs_bits, bit_and,
-//   shifts, store_i8 / store_i8_n (truncating), sum, max_of_lanes transpose           kLanes
-//   vectors as the rows of a square matrix, in place sums_of             the sum of each of kLanes
-//   vectors, in the order of the lanes
+//   shifts, store_i8 / store_i8_n (truncating), sum, max_of_lanes
+//
+//   transpose           kLanes vectors as the rows of a square matrix, in place
+//   sums_of             the sum of each of kLanes vectors, in the order of the lanes
 #pragma once
 
 #define OW_TARGET_scalar 1

@@ -323,7 +323,7 @@ void decode_attention_kernel(const std::string& kernel, const py::array& q, cons
   args.y = y.mutable_data();
   args.lse = lse ? static_cast<float*>(lse->mutable_data()) : nullptr;
   const auto run = [&](const DecodeAttentionKernels& kernels) {
-    kernels.attend(args, 0, items_of(args) * chunks_of(args));
+    kernels.attend(args, 0, items_of(args) * spans_of(args));
     kernels.merge(args, 0, items_of(args));
   };
 #define OW_ROW(isa, key, max_m, kernels) \

@@ -88,7 +88,7 @@ void add_formula(Attention* p, int64_t b, int64_t query, int64_t query_head) {
   // exponentials of 3e-7, which is 6 roundings. Then one a key and one a chunk; twice, because the
   // sum of the weights is as far off; and the quotient.
   const double roundings =
-      2.0 * (double(a.d + 3 + 4) * worst + 12.0 + double(a.n + chunks_of(a))) + 1.0;
+      2.0 * (double(a.d + 3 + 4) * worst + 12.0 + double(a.n + spans_of(a))) + 1.0;
   // Of lse: the roundings of a weight, of their sum, and its own.
   p->lse.push_back(largest + log(total));
   p->lse_error.push_back((roundings + fabs(p->lse.back()) + 2.0) * 0x1p-24);
@@ -141,7 +141,7 @@ void check_kernels(const KernelEntry<const DecodeAttentionKernels*>& entry, cons
     a.y = memory->empty<uint8_t>(p.y_bytes());
     a.lse = memory->empty<float>(p.lse.size());
     // In two calls, the later units first: a call must keep to its own.
-    const int64_t units = items_of(a) * chunks_of(a);
+    const int64_t units = items_of(a) * spans_of(a);
     entry.fn->attend(a, units / 2, units);
     entry.fn->attend(a, 0, units / 2);
     entry.fn->merge(a, items_of(a) / 2, items_of(a));

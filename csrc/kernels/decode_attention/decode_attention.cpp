@@ -23,14 +23,14 @@ void run(Fn fn, const DecodeAttentionArgs& args, int64_t units, int64_t work,
 }  // namespace
 
 int64_t decode_attention_state_count(const DecodeAttentionArgs& args) {
-  return items_of(args) * chunks_of(args) * rows_of(args) * state_size(args);
+  return items_of(args) * spans_of(args) * rows_of(args) * state_size(args);
 }
 
 void decode_attention(const DecodeAttentionArgs& args, Isa isa, const Parallel& parallel) {
   const DecodeAttentionKernels& kernels = *pick(kTable, isa, 0, rows_of(args)).fn;
   const int64_t products = items_of(args) * rows_of(args) * args.d;
-  run(kernels.attend, args, items_of(args) * chunks_of(args), products * args.n, parallel);
-  run(kernels.merge, args, items_of(args), products * chunks_of(args), parallel);
+  run(kernels.attend, args, items_of(args) * spans_of(args), products * args.n, parallel);
+  run(kernels.merge, args, items_of(args), products * spans_of(args), parallel);
 }
 
 }  // namespace ow

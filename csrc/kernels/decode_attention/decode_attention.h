@@ -8,9 +8,9 @@
 // and may lie in it.
 //
 // Bound by the bytes of keys and values. The heads that share a key are rows of one pass over it.
-// Keys are taken in chunks of kKeyChunk, each of which leaves a state (simd/attention.h); states
-// are merged in order of j. Chunks do not depend on the number of threads, so neither does the
-// result.
+// Keys are taken kKeyChunk at a time. Each span of 1 to kMaxSpan chunks leaves a state
+// (simd/attention.h), and states are merged in order of j. Spans do not depend on the number of
+// threads, so neither does the result.
 #pragma once
 
 #include "core/kernel_table.h"
@@ -21,6 +21,10 @@ namespace ow {
 
 // Keys of a chunk: with values, 64 KiB at 64 dimensions of fp32.
 constexpr int64_t kKeyChunk = 128;
+// Chunks of a span: enough spans for many threads, and few enough that the bytes of the states do
+// not matter beside those of the keys (of one chunk, at 32 rows, they are twice as many).
+constexpr int64_t kMaxSpan = 8;
+constexpr int64_t kSpans = 32;
 
 // Where the element (b, head, token, 0) of a cache is; strides in elements, the last 1.
 struct CacheStrides {
@@ -38,7 +42,7 @@ struct DecodeAttentionArgs {
   CacheStrides key_strides;
   const void* values;
   CacheStrides value_strides;
-  float* states;  // [b * kv_heads, chunks, rows, dv + 2]
+  float* states;  // [b * kv_heads, spans, rows, dv + 2]
   void* y;        // [b, queries, heads, dv]
   float* lse;     // [b, queries, heads], or null
 };
@@ -46,12 +50,16 @@ struct DecodeAttentionArgs {
 // Rows of one key head: row r is query r / group and, of the heads that read it, the r % group th.
 OW_INLINE int64_t group_of(const DecodeAttentionArgs& a) { return a.heads / a.kv_heads; }
 OW_INLINE int64_t rows_of(const DecodeAttentionArgs& a) { return a.queries * group_of(a); }
-OW_INLINE int64_t chunks_of(const DecodeAttentionArgs& a) { return div_up(a.n, kKeyChunk); }
+OW_INLINE int64_t span_keys(const DecodeAttentionArgs& a) {
+  const int64_t chunks = a.n / (kSpans * kKeyChunk);
+  return kKeyChunk * (chunks < 1 ? 1 : min_of(chunks, kMaxSpan));
+}
+OW_INLINE int64_t spans_of(const DecodeAttentionArgs& a) { return div_up(a.n, span_keys(a)); }
 OW_INLINE int64_t items_of(const DecodeAttentionArgs& a) { return a.b * a.kv_heads; }
 OW_INLINE int64_t state_size(const DecodeAttentionArgs& a) { return a.dv + 2; }
 
 struct DecodeAttentionKernels {
-  // States of chunks [begin, end) of the items' chunks, in order of item, then chunk.
+  // States of spans [begin, end) of the items' spans, in order of item, then span.
   void (*attend)(const DecodeAttentionArgs&, int64_t begin, int64_t end);
   // y of items [begin, end).
   void (*merge)(const DecodeAttentionArgs&, int64_t begin, int64_t end);

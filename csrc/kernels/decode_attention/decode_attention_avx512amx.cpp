@@ -10,8 +10,8 @@ namespace {
 // Dimensions of a packed query: those of multi-head latent attention, 512 and 64 rotated.
 constexpr int64_t kMaxD = 576;
 
-// Adds the keys that only later queries of the block see to its rows' states. There are at most
-// `queries` - 1 of them, in the last chunks.
+// Up to 16 rows. Keys that only some of its rows see, at most `queries` - 1 at the end, are taken
+// row by row.
 struct RowBlock {
   const DecodeAttentionArgs& a;
   const Chunk<bf16>& chunk;
@@ -31,22 +31,22 @@ struct RowBlock {
     float* states = chunk.state(a, row);
     const int64_t size = state_size(a);
     score_keys_bf16(q, rows, chunk.keys, chunk.key_stride, common, a.d, a.scale, scores[0],
-                    kKeyChunk);
+                    kKeyChunk, row == 0 ? chunk.values_ahead(a) : Ahead{});
     for_each_row([&](int64_t r, int64_t seen, int64_t more) {
       const bf16* query = chunk.query_row(a, row + r);
       float* to = scores[r] + common;
       const bf16* keys = chunk.keys + common * chunk.key_stride;
-      if (more > 0) score_keys<1>(&query, keys, chunk.key_stride, more, a.d, a.scale, &to);
-      soften(scores[r], seen, states + r * size + a.dv, states + r * size + a.dv + 1);
+      if (more > 0) score_keys<1>(&query, keys, chunk.key_stride, more, a.d, a.scale, &to, {});
+      soften(scores[r], seen, a.dv, states + r * size);
     });
     sum_values_bf16<kKeyChunk>(scores[0], kKeyChunk, rows, chunk.values, chunk.value_stride, common,
-                               a.dv, states, size);
+                               a.dv, states, size, row == 0 ? chunk.keys_ahead(a) : Ahead{});
     for_each_row([&](int64_t r, int64_t, int64_t more) {
       const float* weights = scores[r] + common;
       float* state = states + r * size;
       const bf16* values = chunk.values + common * chunk.value_stride;
       if (more > 0) {
-        sum_values<1, true>(&weights, values, chunk.value_stride, more, a.dv, &state);
+        sum_values<1>(&weights, values, chunk.value_stride, more, a.dv, &state, {});
       }
     });
   }
@@ -58,8 +58,7 @@ void attend_tiles(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
   int64_t packed_item = -1;
   int64_t packed_row = -1;
   open_tiles();
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Chunk<bf16> chunk = Chunk<bf16>::of(a, unit);
+  for_each_chunk<bf16>(a, begin, end, [&](const Chunk<bf16>& chunk) {
     for (int64_t row = 0; row < rows_of(a); row += kTileRows) {
       const RowBlock block{a, chunk, row, min_of(kTileRows, rows_of(a) - row),
                            chunk.seen_by(a, row / group_of(a))};
@@ -70,7 +69,7 @@ void attend_tiles(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
       }
       block.attend(q);
     }
-  }
+  });
   close_tiles();
 }
 

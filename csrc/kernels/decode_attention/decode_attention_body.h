@@ -16,9 +16,8 @@ struct Chunk {
   int64_t key_stride, value_stride;
   float* states;  // of the item's first row
 
-  static Chunk of(const DecodeAttentionArgs& a, int64_t unit) {
-    const int64_t item = unit / chunks_of(a);
-    const int64_t begin = unit % chunks_of(a) * kKeyChunk;
+  static Chunk of(const DecodeAttentionArgs& a, int64_t unit, int64_t begin) {
+    const int64_t item = unit / spans_of(a);
     const auto from = [&](const void* cache, const CacheStrides& s) {
       return static_cast<const T*>(cache) + item / a.kv_heads * s.b + item % a.kv_heads * s.head +
              begin * s.token;
@@ -35,6 +34,13 @@ struct Chunk {
   int64_t seen_by(const DecodeAttentionArgs& a, int64_t query) const {
     const int64_t end = min_of(a.n - a.queries + query + 1, begin + kKeyChunk);
     return end > begin ? end - begin : 0;
+  }
+  // The values of the chunk, and the keys of the next.
+  Ahead values_ahead(const DecodeAttentionArgs& a) const {
+    return Ahead::of(values, value_stride, a.dv);
+  }
+  Ahead keys_ahead(const DecodeAttentionArgs& a) const {
+    return Ahead::of(keys + kKeyChunk * key_stride, key_stride, a.d);
   }
   const T* query_row(const DecodeAttentionArgs& a, int64_t row) const {
     const int64_t query = item / a.kv_heads * a.queries + row / group_of(a);
@@ -55,7 +61,8 @@ OW_INLINE void for_each_query_block(const DecodeAttentionArgs& a, int64_t query,
 }
 
 template <int kRows, class T>
-void attend_rows(const DecodeAttentionArgs& a, const Chunk<T>& chunk, int64_t row, int64_t count) {
+void attend_rows(const DecodeAttentionArgs& a, const Chunk<T>& chunk, int64_t row, int64_t count,
+                 bool first) {
   alignas(64) float buffer[kRows][kKeyChunk];
   const T* q[kRows];
   float* scores[kRows];
@@ -65,38 +72,50 @@ void attend_rows(const DecodeAttentionArgs& a, const Chunk<T>& chunk, int64_t ro
     scores[r] = buffer[r];
     state[r] = chunk.state(a, row + r);
   }
-  score_keys<kRows>(q, chunk.keys, chunk.key_stride, count, a.d, a.scale, scores);
-  for (int r = 0; r < kRows; ++r) {
-    soften(scores[r], count, state[r] + a.dv, state[r] + a.dv + 1);
-  }
-  sum_values<kRows, false>(scores, chunk.values, chunk.value_stride, count, a.dv, state);
+  score_keys<kRows>(q, chunk.keys, chunk.key_stride, count, a.d, a.scale, scores,
+                    first ? chunk.values_ahead(a) : Ahead{});
+  for (int r = 0; r < kRows; ++r) soften(scores[r], count, a.dv, state[r]);
+  sum_values<kRows>(scores, chunk.values, chunk.value_stride, count, a.dv, state,
+                    first ? chunk.keys_ahead(a) : Ahead{});
 }
 
-template <class T>
-void attend(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
+// Calls body(chunk) over the chunks of spans [begin, end), whose states are cleared first.
+template <class T, class Body>
+OW_INLINE void for_each_chunk(const DecodeAttentionArgs& a, int64_t begin, int64_t end,
+                              const Body& body) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Chunk<T> chunk = Chunk<T>::of(a, unit);
-    for (int64_t query = 0; query < a.queries; ++query) {
-      for_each_query_block(a, query, [&](int64_t row, auto count) {
-        attend_rows<decltype(count)::kRows>(a, chunk, row, chunk.seen_by(a, query));
-      });
+    const int64_t span = unit % spans_of(a) * span_keys(a);
+    clear_states(a.states + unit * rows_of(a) * state_size(a), rows_of(a), a.dv);
+    for (int64_t key = span; key < min_of(span + span_keys(a), a.n); key += kKeyChunk) {
+      body(Chunk<T>::of(a, unit, key));
     }
   }
 }
 
 template <class T>
+void attend(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
+  for_each_chunk<T>(a, begin, end, [&](const Chunk<T>& chunk) {
+    for (int64_t query = 0; query < a.queries; ++query) {
+      for_each_query_block(a, query, [&](int64_t row, auto count) {
+        attend_rows<decltype(count)::kRows>(a, chunk, row, chunk.seen_by(a, query), row == 0);
+      });
+    }
+  });
+}
+
+template <class T>
 void merge(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
   const int64_t rows = rows_of(a);
-  const int64_t stride = rows * state_size(a);  // from chunk to chunk
+  const int64_t stride = rows * state_size(a);  // from span to span
   for (int64_t unit = begin * rows; unit < end * rows; ++unit) {
     const int64_t item = unit / rows;
     const int64_t row = unit % rows;
-    float* states = a.states + (item * chunks_of(a) * rows + row) * state_size(a);
+    float* states = a.states + (item * spans_of(a) * rows + row) * state_size(a);
     const int64_t query = item / a.kv_heads * a.queries + row / group_of(a);
     const int64_t head = item % a.kv_heads * group_of(a) + row % group_of(a);
     const int64_t to = query * a.heads + head;
     const float lse =
-        merge_states(states, stride, chunks_of(a), a.dv, static_cast<T*>(a.y) + to * a.dv);
+        merge_states(states, stride, spans_of(a), a.dv, static_cast<T*>(a.y) + to * a.dv);
     if (a.lse != nullptr) a.lse[to] = lse;
   }
 }

@@ -15,6 +15,7 @@ from .kv_policy import kv_compact, kv_evict, kv_merge, select_pages
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
+from .paged_attention import paged_attention
 from .sparse import compress_sparse, expand_sparse, sparse_linear
 from .sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
 
@@ -49,6 +50,7 @@ __all__ = [
     "pack_lowbit",
     "pack_lowbit_columns",
     "page_bounds",
+    "paged_attention",
     "quantize_rows",
     "rms_norm",
     "rope",

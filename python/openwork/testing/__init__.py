@@ -14,6 +14,7 @@ from . import (
     kv_policy,
     lowbit,
     nm,
+    paged_attention,
     sparse,
     sparse_training,
 )
@@ -33,6 +34,7 @@ CASES: tuple[OpCase, ...] = (
     *nm.CASES,
     *kv_cache.CASES,
     *kv_policy.CASES,
+    *paged_attention.CASES,
 )
 
 __all__ = ["CASES", "Cost", "OpCase", "Reject", "Sample", "Workload"]

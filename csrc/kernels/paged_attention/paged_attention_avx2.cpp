@@ -1,0 +1,7 @@
+#include "kernels/paged_attention/paged_attention_body.h"
+
+namespace ow {
+
+const PagedAttentionKernels paged_attention_avx2 = {avx2::attend<avx2::Panels>, avx2::merge};
+
+}  // namespace ow

@@ -1,0 +1,8 @@
+#include "kernels/paged_attention/paged_attention_body.h"
+
+namespace ow {
+
+const PagedAttentionKernels paged_attention_avx512 = {avx512::attend<avx512::Panels>,
+                                                      avx512::merge};
+
+}  // namespace ow

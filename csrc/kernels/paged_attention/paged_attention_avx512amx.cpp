@@ -1,0 +1,136 @@
+#include "kernels/paged_attention/paged_attention_codes_avx512amx.h"
+#include "simd/attention_bf16_avx512amx.h"
+
+namespace ow {
+namespace avx512amx {
+namespace {
+
+// A side's pages fetched ahead as rows of the other side are computed with.
+class RowsAhead {
+ public:
+  RowsAhead(PagesAhead* pages, int64_t lines) : pages_(pages), lines_(lines) {}
+  void fetch(int64_t) const { pages_->fetch(lines_); }
+
+ private:
+  PagesAhead* pages_;
+  int64_t lines_;  // for each row
+};
+
+// Calls body(first panel, panels) for runs of panels that follow each other in a page.
+template <class Body>
+OW_INLINE void for_each_run(const Chunk& chunk, const Body& body) {
+  for (int64_t i = 0; i < chunk.panels;) {
+    int64_t end = i + 1;
+    while (end < chunk.panels && chunk.panel[end].in_page > 0) ++end;
+    body(i, end - i);
+    i = end;
+  }
+}
+
+// Rows of bf16, as in decode_attention.
+class Bf16Sides {
+ public:
+  void take(const Rows& rows) {
+    const PagedAttentionArgs& a = rows.a;
+    if (a.kv.type != FloatType::bf16) return;
+    const bf16* q = static_cast<const bf16*>(a.q);
+    for (int64_t r = 0; r < rows.count; r += kTileRows) {
+      q_[r / kTileRows].pack(min_of(kTileRows, rows.count - r), a.kv.keys.d,
+                             [&](int64_t i) { return q + rows.place(r + i) * a.kv.keys.d; });
+    }
+  }
+
+  void score(Rows* rows, const Chunk& chunk, PagesAhead values) {
+    const PagedAttentionArgs& a = rows->a;
+    const RowsAhead ahead(&values, lines_of_row(a, a.kv.values));
+    for_each_run(chunk, [&](int64_t i, int64_t panels) {
+      const auto* keys = reinterpret_cast<const bf16*>(dense_row(a, a.kv.keys, chunk.panel[i]));
+      for (int64_t r = 0; r < rows->count; r += kTileRows) {
+        score_keys_bf16(q_[r / kTileRows], min_of(kTileRows, rows->count - r), keys, a.kv.keys.d,
+                        panels * kPanelTokens, a.kv.keys.d, a.scale,
+                        rows->scores[r] + i * kPanelTokens, kChunkTokens, ahead);
+      }
+    });
+  }
+
+  void add_values(Rows* rows, const Chunk& chunk, float* states, PagesAhead keys) {
+    const PagedAttentionArgs& a = rows->a;
+    const RowsAhead ahead(&keys, lines_of_row(a, a.kv.keys));
+    for_each_run(chunk, [&](int64_t i, int64_t panels) {
+      const auto* values = reinterpret_cast<const bf16*>(dense_row(a, a.kv.values, chunk.panel[i]));
+      for (int64_t r = 0; r < rows->count; r += kTileRows) {
+        sum_values_bf16<kMaxRun>(rows->scores[r] + i * kPanelTokens, kChunkTokens,
+                                 min_of(kTileRows, rows->count - r), values, a.kv.values.d,
+                                 panels * kPanelTokens, a.kv.values.d, states + r * state_size(a),
+                                 state_size(a), ahead);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kMaxRun = 128;  // tokens of a page
+
+  static int64_t lines_of_row(const PagedAttentionArgs& a, const KVSide& side) {
+    const int64_t bits = is_dense(side) ? 8 * float_size(a.kv.type) : side.bits + 2;
+    return div_up(side.d * bits, 512);
+  }
+
+  PackedQueries<kMaxPagedD> q_[kMaxRows / kTileRows];
+};
+
+// What a side's format has products for; panels of fp32 for the rest.
+class Tiles {
+ public:
+  void take(const Rows& rows) { bf16_.take(rows); }
+
+  void score(Rows* rows, const Chunk& chunk, const PagesAhead& values) {
+    const KVPages& kv = rows->a.kv;
+    const bool plain = !chunk.newest && rows->a.cos == nullptr;
+    if (plain && CodeSides::reads_keys(kv.keys)) {
+      switch (kv.keys.bits) {
+        case 2: return codes_.score<2>(rows, chunk, values);
+        case 3: return codes_.score<3>(rows, chunk, values);
+        case 4: return codes_.score<4>(rows, chunk, values);
+        case 8: return codes_.score<8>(rows, chunk, values);
+      }
+    }
+    if (plain && is_dense(kv.keys) && kv.type == FloatType::bf16) {
+      return bf16_.score(rows, chunk, values);
+    }
+    panels_.score(rows, chunk, values);
+  }
+
+  void add_values(Rows* rows, const Chunk& chunk, float* states, const PagesAhead& keys) {
+    const KVPages& kv = rows->a.kv;
+    if (!chunk.newest && CodeSides::reads_values(kv.values)) {
+      switch (kv.values.bits) {
+        case 2: return codes_.add_values<2>(rows, chunk, states, keys);
+        case 3: return codes_.add_values<3>(rows, chunk, states, keys);
+        case 4: return codes_.add_values<4>(rows, chunk, states, keys);
+        case 8: return codes_.add_values<8>(rows, chunk, states, keys);
+      }
+    }
+    if (!chunk.newest && is_dense(kv.values) && kv.type == FloatType::bf16) {
+      return bf16_.add_values(rows, chunk, states, keys);
+    }
+    panels_.add_values(rows, chunk, states, keys);
+  }
+
+ private:
+  Panels panels_;
+  CodeSides codes_;
+  Bf16Sides bf16_;
+};
+
+void attend_tiles(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
+  open_tiles();
+  attend<Tiles>(a, begin, end);
+  close_tiles();
+}
+
+}  // namespace
+}  // namespace avx512amx
+
+const PagedAttentionKernels paged_attention_avx512amx = {avx512amx::attend_tiles, avx512amx::merge};
+
+}  // namespace ow

@@ -1,0 +1,262 @@
+"""Attention over pages: reference, small nasty calls, and workloads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..kv_format import KVFormat
+from ..kv_pages import KVPages
+from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
+from .kv_cache import FORMATS, History, dense
+
+Part = Literal["keys", "values"]
+
+
+def codes_of(codes: Tensor, bits: int) -> Tensor:
+    """``[pages, 32 * panels, k]`` int64: the codes in packed lines (csrc/core/kv_pages.h).
+
+    ``codes`` is ``[pages, panels, k_blocks, 2 halves, lines, 16 n, 4 bytes]``.
+    """
+    pages, panels, blocks, _, _, _, _ = codes.shape
+    wide = codes.long()
+    subs = []  # 4 consecutive k of every n each
+    if bits == 3:
+        for j in range(8):
+            code = wide[:, :, :, :, j // 3] >> 3 * (j % 3)
+            if j % 3 == 2:
+                code = code & 3 | (wide[:, :, :, :, 2] >> 6 + j // 3 & 1) << 2
+            subs.append(code & 7)
+    else:
+        for sub in range(4):
+            line, place = divmod(sub * bits, 8)
+            subs.append(wide[:, :, :, :, line] >> place & 2**bits - 1)
+    unpacked = torch.stack(subs, 5)  # pages, panels, blocks, halves, n, sub, byte
+    return unpacked.permute(0, 1, 3, 4, 2, 5, 6).reshape(pages, panels * 32, -1)
+
+
+def dequantized_pages(pages: KVPages, part: Part) -> Tensor:
+    """``[pages, page_size, d]`` float64: ``code * scale + min`` and the outliers."""
+    side, fmt = (
+        getattr(pages, part),
+        getattr(pages, "key_format" if part == "keys" else "value_format"),
+    )
+    d, size = pages.d if part == "keys" else pages.value_d, pages.page_size
+    if fmt.dense:
+        return side.rows.double()
+    codes = codes_of(side.codes, fmt.bits)
+    codes = codes[..., :d] if part == "keys" else codes[:, :d].transpose(1, 2)
+    levels = codes if fmt.codebook is None else torch.tensor(fmt.codebook)[codes]
+    grids = []
+    for grid in (side.scales.double(), side.mins.double()):
+        if fmt.axis == "channel":
+            grids.append(grid.repeat_interleave(fmt.group_size, 1))
+        else:
+            grids.append(grid.repeat_interleave(fmt.group_size, 1)[:, :d].transpose(1, 2))
+    x = levels * grids[0] + grids[1]
+    if fmt.outliers:
+        x = x.scatter(2, side.outlier_index.long(), side.outlier_values.double())
+    return x
+
+
+def tokens_of(pages: KVPages, part: Part, row: tuple[int, int]) -> Tensor:
+    """``[length, d]`` float64 of one head: what is in pages, then what waits in the tail."""
+    side = getattr(pages, part)
+    length = int(pages.lengths[row])
+    held = length if side.committed is None else int(side.committed[row])
+    places = torch.arange(held)
+    page = pages.block_table[row][places // pages.page_size].long()
+    x = dequantized_pages(pages, part)[page, places % pages.page_size]
+    if held == length:
+        return x
+    ring = side.tail[row].double()
+    return torch.cat([x, ring[torch.arange(held, length) % ring.shape[0]]])
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _attended(pages: KVPages, row: tuple[int, int], t: int, selected: Tensor | None) -> Tensor:
+    """``[length]`` bool: tokens in selected pages, and the newest."""
+    length = int(pages.lengths[row])
+    places = torch.arange(length)
+    if selected is None:
+        return torch.ones(length, dtype=torch.bool)
+    held = [s.committed for s in (pages.keys, pages.values) if s.committed is not None]
+    newest = max(min([length - t + 1, *(int(c[row]) for c in held)]), 0) // 32 * 32
+    return torch.isin(places // pages.page_size, selected[row]) | (places >= newest)
+
+
+def paged_attention_reference(
+    q: Tensor,
+    pages: KVPages,
+    *,
+    selected: Tensor | None = None,
+    scale: float | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    magnitudes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q @ k.T) @ v`` and its log-sum-exp head by head, in float64.
+
+    ``magnitudes``: with absolute values in the place of values.
+    """
+    b, t, h, d = q.shape
+    group = h // pages.lengths.shape[1]
+    y = torch.zeros(b, t, h, pages.value_d, dtype=torch.float64)
+    lse = torch.full((b, t, h), -math.inf, dtype=torch.float64)
+    for i in range(b):
+        for head in range(h):
+            row = (i, head // group)
+            keys, values = (tokens_of(pages, part, row) for part in ("keys", "values"))
+            if cos is not None and sin is not None:
+                length = len(keys)
+                at = torch.arange(length)
+                if pages.positions is not None:
+                    at = pages.positions[row][:length].long()
+                keys = _rotated(keys, cos[at].double(), sin[at].double())
+            for query in range(t):
+                seen = _attended(pages, row, t, selected)
+                seen[max(len(keys) - t + query + 1, 0) :] = False
+                if not seen.any():
+                    continue
+                factor = 1 / math.sqrt(d) if scale is None else scale
+                scores = factor * keys[seen] @ q[i, query, head].double()
+                v = values[seen].abs() if magnitudes else values[seen]
+                y[i, query, head] = scores.softmax(0) @ v
+                lse[i, query, head] = scores.logsumexp(0)
+    return y, lse
+
+
+def _op(q: Tensor, pages: KVPages, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return ops.paged_attention(q, pages, return_lse=True, **kwargs)
+
+
+def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    q, pages = sample.args
+    d = q.shape[3]
+    scale = sample.kwargs.get("scale")
+    factor = 1 / math.sqrt(d) if scale is None else abs(scale)
+    # As in decode_attention; the size of a score is bounded by those of its parts, code * scale and
+    # min, of which each may be twice as large as the key, or more where a group lies far from 0.
+    largest = torch.zeros(())
+    for fmt, side in ((pages.key_format, pages.keys),):
+        for pool in (side.rows, side.tail, side.outlier_values):
+            if pool is not None:
+                largest = torch.maximum(largest, pool.float().abs().nan_to_num().max())
+        if not fmt.dense:
+            top = max(fmt.codebook) if fmt.codebook else 2**fmt.bits - 1
+            parts = side.scales.float().abs() * top + side.mins.float().abs()
+            largest = torch.maximum(largest, parts.nan_to_num().max())
+    worst = 2 * factor * largest * q.float().abs().sum(-1).max() if q.numel() else torch.zeros(())
+    longest = int(pages.lengths.max()) if pages.lengths.numel() else 0
+    steps = 2 * (d + 9) * worst + longest + 20
+    reach, _ = paged_attention_reference(*sample.args, **sample.kwargs, magnitudes=True)
+    if not pages.value_format.dense:
+        # The parts of a value, code * scale and min, may cancel.
+        top = (
+            max(pages.value_format.codebook)
+            if pages.value_format.codebook
+            else 2**pages.value_format.bits - 1
+        )
+        parts = pages.values.scales.float().abs() * top + pages.values.mins.float().abs()
+        reach = reach + 2 * parts.nan_to_num().max()
+    eps = EPS[q.dtype]
+    inner = EPS[torch.float32] * steps * reach
+    y = inner + eps * (expected[0].abs() + inner) + TINY[q.dtype] * eps
+    lse = EPS[torch.float32] * (steps + expected[1].abs().nan_to_num(posinf=0.0))
+    return y, lse
+
+
+def _call(history: History, t: int, group: int, **kwargs: Any) -> Sample:
+    pages = history.pages()
+    generator = torch.Generator().manual_seed(t)
+    heads = history.kv_heads * group
+    q = torch.randn(history.b, t, heads, history.d, generator=generator).to(history.dtype)
+    return Sample("", (q, pages), kwargs)
+
+
+def _named(name: str, sample: Sample) -> Sample:
+    return Sample(name, sample.args, sample.kwargs)
+
+
+def _tables(positions: int, d: int) -> dict[str, Tensor]:
+    angles = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(d // 2) / (d // 2))
+    return {"cos": angles.cos(), "sin": angles.sin()}
+
+
+def _samples() -> Iterator[Sample]:
+    ragged = torch.tensor([150, 67], dtype=torch.int32)
+    for i, (name, formats) in enumerate(FORMATS.items()):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
+        d, value_d = ((20, 36), (64, 64), (80, 80), (96, 128))[i % 4]
+        page_size = 128 if formats[0].group_size == 128 else 64
+        history = History(*formats, d=d, value_d=value_d, dtype=dtype, page_size=page_size)
+        history = history.appended(150, 1, counts=ragged).appended(70, 2)
+        yield _named(name, _call(history, 1 + i % 3, (1, 3, 4, 7)[i % 4]))
+    for dtype in EPS:
+        history = History(*dense(dtype), d=64, value_d=64, dtype=dtype, page_size=32)
+        yield _named(f"dense-{str(dtype)[6:]}", _call(history.appended(100, 3), 2, 4))
+    kivi = History(*FORMATS["kivi4"], d=64, value_d=64, dtype=torch.bfloat16).appended(280, 4)
+    selected = torch.tensor(
+        [[[0, 2, 3], [1, -1, -1]], [[-1, -1, -1], [0, 1, 4]]], dtype=torch.int32
+    )
+    yield _named("selected", _call(kivi, 1, 4, selected=selected))
+    yield _named("many-rows", _call(kivi, 8, 9))
+    yield _named("scale", _call(kivi, 2, 2, scale=-0.3))
+    yield _named("empty", _call(History(*FORMATS["kivi2"], dtype=torch.float32), 2, 2))
+    yield _named("short", _call(History(*FORMATS["kivi2"]).appended(3, 5), 8, 2))
+    yield _named("no-queries", _call(History(*FORMATS["kivi2"]).appended(3, 5), 0, 2))
+    before = History(*FORMATS["nuq3"], d=32, value_d=32, dtype=torch.float32).appended(200, 6)
+    # Histories count positions from 1000 times their seed.
+    yield _named("rotated", _call(before, 2, 3, **_tables(6300, 32)))
+
+
+def _rejects() -> Iterator[Reject]:
+    history = History(*FORMATS["kivi4"], d=64, value_d=64).appended(70, 1)
+    q, pages = _call(history, 1, 2).args
+    yield Reject("dtype", (q.float(), pages), {}, "q must be of the dtype of the pages")
+    yield Reject("rank", (q[0], pages), {}, "q must be [b, t, h, d] with b = 2 and d = 64")
+    yield Reject("heads", (q[:, :, :3], pages), {}, "multiple of kv_heads = 2 heads, got 3")
+    yield Reject("tokens", (q.expand(2, 9, 4, 64), pages), {}, "at most 8 tokens, got 9")
+    tables = _tables(9, 64)
+    yield Reject("sin", (q, pages), {"cos": tables["cos"]}, "sin must be given, as cos is")
+    yield Reject("positions", (q, pages), tables, "cos must have a row for position", True)
+    for name, places, message in (
+        ("far", [2], "selected must rise within 0 .. 1"),
+        ("negative", [-2], "selected must rise within 0 .. 1"),
+        ("falling", [1, 0], "got 0 after 1"),
+        ("after-the-end", [-1, 1], "got 1 after -1"),
+    ):
+        selected = torch.tensor(places, dtype=torch.int32).expand(2, 2, -1).contiguous()
+        yield Reject(name, (q, pages), {"selected": selected}, message, True)
+    selected = torch.zeros(2, 2, 1)
+    yield Reject("selected", (q, pages), {"selected": selected}, "selected must be int32")
+    broken = history.pages()
+    broken.block_table[1, 1, 0] = 99999
+    yield Reject("table", (q, broken), {}, "block_table must hold pages in 0 ..", True)
+
+
+CASES = (
+    OpCase(
+        "paged_attention",
+        _op,
+        paged_attention_reference,
+        _tolerance,
+        raw=lambda s: (
+            s.args[0],
+            s.args[1].tensors,
+            s.args[1].format,
+            *(s.kwargs.get(name) for name in ("selected", "scale", "cos", "sin")),
+        ),
+        samples=lambda: list(_samples()),
+        rejects=lambda: list(_rejects()),
+    ),
+)
