@@ -7,12 +7,14 @@ from .activations import rms_norm, rope, rope_append, silu_mul
 from .active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
 from .attention import decode_attention
 from .attention_scores import block_means, hierarchical_topk, line_scores
+from .block_attention import block_attention
 from .block_index import block_index, largest
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
 from .kv_cache import kv_append, kv_commit, kv_read, kv_rollback, page_bounds
 from .kv_policy import kv_compact, kv_evict, kv_merge, select_pages
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
+from .merge_states import merge_states
 from .nm import compress_nm, expand_nm, nm_linear
 from .nm_training import nm_linear_ste, nm_mask
 from .paged_attention import paged_attention
@@ -21,6 +23,7 @@ from .sparse_training import sparse_linear_train, sparse_values_grad, transposed
 
 __all__ = [
     "active_linear",
+    "block_attention",
     "block_index",
     "block_means",
     "compress_block_sparse",
@@ -43,6 +46,7 @@ __all__ = [
     "line_scores",
     "lowbit_embedding",
     "lowbit_linear",
+    "merge_states",
     "nm_linear",
     "nm_linear_ste",
     "nm_mask",
