@@ -40,7 +40,7 @@ class Quest:
     def layer(self, index: int) -> LayerPolicy:
         if index < self.dense_layers:
             return LayerPolicy()
-        return _PagesLayer(PageChoice(self.budget, self.reduce, refresh=1, two_level=False))
+        return _PagesLayer(PageChoice(self.budget, self.reduce))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LServe:
 
 class _StreamingLayer(LayerPolicy):
     def __init__(self, policy: LServe, retrieval: Tensor) -> None:
-        self.pages = PageChoice(policy.budget, "max", policy.refresh, two_level=True)
+        self.pages = PageChoice(policy.budget, refresh=policy.refresh, method="chunks")
         self._retrieval = retrieval.view(1, -1, 1)
         self._streaming = Recency(policy.sinks, policy.recent)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -106,13 +106,14 @@ class PageChoice(NamedTuple):
         tokens: at most so many for each head, whole pages, the newest among them.
         reduce: how the query heads of a key head agree on a page's bound: "max" or "sum".
         refresh: steps that one choice serves.
-        two_level: bound a page by the largest bound of its pieces of 16 tokens, which is tighter.
+        method: of bounding a page: "flat" by its own bounds, "chunks" by the largest bound of its
+            pieces of 16 tokens, which is tighter.
     """
 
     tokens: int
-    reduce: str
-    refresh: int
-    two_level: bool
+    reduce: Literal["max", "sum"] = "max"
+    refresh: int = 1
+    method: Literal["flat", "chunks"] = "flat"
 
 
 class LayerPolicy:
