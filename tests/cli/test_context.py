@@ -44,6 +44,10 @@ def test_rows_and_plot(
         assert row["cost"] < row["dense_cost"] or family == "formats"
         assert row["method"].split()[0] in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
+    more = run("eval-context", gguf_file, "--family", family, "--text", prose, *SMALL[2:],
+               "--length", 300, "--select", select, "--output", out)  # fmt: skip
+    assert "300 tokens" in more
+    assert {row["length"] for row in json.loads(out.read_text())} == {256, 300}
     printed = run("eval-context", gguf_file, "--family", family, "--text", prose, *SMALL,
                   "--select", select, "--json")  # fmt: skip
     assert [row["method"] for row in json.loads(printed)] == [row["method"] for row in rows]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor
 
 from openwork import ops
 from openwork.models import Llama
 from openwork.models.kv_cache import Attend
-from openwork.models.llama import dense_attention
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -45,7 +45,7 @@ def _attend(index: int, h: int, g: int, observe: Observer) -> Attend:
         qk = ops.rope(qkv[:, :, : h + g], cos, sin)
         q, keys, values = qk[:, :, :h], qk[:, :, h:], qkv[:, :, h + g :]
         observe(index, q, keys, values)
-        return dense_attention(q, keys.transpose(1, 2), values.transpose(1, 2))
+        return cast(Tensor, ops.block_attention(q, keys, values)).flatten(2)
 
     return attend
 

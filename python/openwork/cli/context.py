@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from openwork.cli.context_methods import Contender, Family, contenders, profile
-from openwork.cli.context_report import Row, draw, row, to_json
+from openwork.cli.context_report import Row, draw, from_json, row, to_json
 from openwork.cli.files import check_writable, read_text, write_file
 from openwork.cli.options import Dtype, ModelPath, RunDtype, Threads, load_model, set_threads
 from openwork.evaluation.long_context import Outcome, Sample, samples, with_caches, with_policies
@@ -56,13 +56,17 @@ def evaluate_context(
                      show_default="Wikipedia articles"),
     ] = None,
     select: Annotated[
-        str, typer.Option(help="Only methods whose name holds this, such as KIVI.")
-    ] = "",
+        list[str] | None,
+        typer.Option(help="Only methods whose name holds this, such as KIVI; more than once for "
+                     "several.", show_default="all"),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Also draw a plot, a PNG.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", dir_okay=False, help="Also write JSON to this file.")
+        Path | None,
+        typer.Option("--output", dir_okay=False, help="Also write JSON to this file; its rows of "
+                     "other methods and lengths stay, and are drawn too."),
     ] = None,
     dtype: RunDtype = Dtype.float32,
     threads: Threads = None,
@@ -82,19 +86,27 @@ def evaluate_context(
     rows: list[Row] = []
     for length in sizes:
         known = profile(llama, family, calibration, length)
-        chosen = [c for c in contenders(family, known, length) if select in c.method]
+        chosen = [c for c in contenders(family, known, length) if _selected(c, select)]
         asked = [*_passkeys(tokenizer, prose, length, keys)]
         tokens = torch.tensor(tokenizer.encode(prose[: 12 * texts * length]))
         pieces = samples(tokens, texts, length - FOLLOWING, FOLLOWING)
         rows += _measure(llama, family, length, chosen, pieces, asked)
         if not as_json:
             _print(rows, family, length)
+    if output is not None and output.exists():
+        new = {(r.method, r.setting, r.length) for r in rows}
+        before = from_json(output.read_bytes())
+        rows = [r for r in before if (r.method, r.setting, r.length) not in new] + rows
     if as_json:
         print(to_json(rows).decode(), end="")
     if output is not None:
         write_file(output, to_json(rows))
     if plot is not None:
         write_file(plot, draw(rows, family.value))
+
+
+def _selected(contender: Contender, select: Sequence[str] | None) -> bool:
+    return not select or any(part in contender.method for part in select)
 
 
 def _texts(tokenizer: Tokenizer, path: Path | None) -> tuple[str, Tensor]:
@@ -151,25 +163,18 @@ def _outcomes(
 
 
 def _print(rows: Sequence[Row], family: Family, length: int) -> None:
-    cost = "density" if family is Family.attention else "bytes a token"
-    table = Table(title=f"{length} tokens")
-    for name in (
-        "method",
-        "setting",
-        cost,
-        "perplexity",
-        "of dense",
-        "KL",
-        "agreement",
-        "passkeys",
-    ):
-        table.add_column(name, justify="left" if name in ("method", "setting") else "right")
+    cost = "density" if family is Family.attention else "bytes/token"
+    table = Table(title=f"{length} tokens", box=box.SIMPLE_HEAD, pad_edge=False)
+    measures = ("perplexity", "KL", "same", "passkeys", "ms")
+    for name in ("method", "setting", cost, *measures):
+        left = name in ("method", "setting")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for r in rows:
         if r.length == length:
             shown = f"{r.cost:.3f}" if family is Family.attention else f"{r.cost:.0f}"
             table.add_row(
                 r.method, r.setting, shown, f"{r.ppl:.4g}",
-                "" if math.isinf(r.ppl) else f"{r.ppl / r.dense_ppl:.3f}",
-                f"{r.kl:.4f}", f"{r.agreement:.1%}", f"{r.found} of {r.asked}",
+                f"{r.kl:.4f}", f"{r.agreement:.0%}", f"{r.found}/{r.asked}",
+                f"{1e3 * r.seconds:.1f}",
             )  # fmt: skip
     Console().print(table)

@@ -91,7 +91,7 @@ def contenders(family: Family, known: Profile, length: int) -> Iterator[Contende
 
 
 def _prefill(known: Profile, length: int) -> Iterator[Contender]:
-    for part in (32, 16, 8, 4):
+    for part in (16, 8, 4):
         window = length // part
         for method, policy in (
             ("window alone", prefill.AShape(0, window)),
@@ -101,7 +101,7 @@ def _prefill(known: Profile, length: int) -> Iterator[Contender]:
             ("vertical-slash", prefill.VerticalSlash(window // 2, window // 4)),
         ):
             yield Contender(method, f"1/{part}", _always(policy))
-    for gamma in (0.7, 0.9, 0.97):
+    for gamma in (0.7, 0.9):
         flex = prefill.FlexPrefill(gamma, min_budget=min(512, length // 8))
         yield Contender("FlexPrefill", f"gamma {gamma}", _always(flex))
     lserve = prefill.LServe(known.retrieval, 64, length // 8)
@@ -112,7 +112,7 @@ def _prefill(known: Profile, length: int) -> Iterator[Contender]:
 
 def _tokens(known: Profile, length: int) -> Iterator[Contender]:
     every = known.retrieval
-    for budget in (length // 32, length // 16, length // 8, length // 4):
+    for budget in (length // 32, length // 8, length // 4):
         setting = f"{budget} tokens"
         window = min(32, budget // 2)
         snap = kvcache.SnapKV(budget, window=window)
@@ -129,7 +129,8 @@ def _tokens(known: Profile, length: int) -> Iterator[Contender]:
             ("Quest", kvcache.Quest(budget)),
             ("LServe", kvcache.LServe(every, budget, 4, budget)),
         ):
-            yield Contender(method, setting, _cache(known.model, length, policy=policy))
+            options = {"policy": policy, "page_size": 32}
+            yield Contender(method, setting, _cache(known.model, length, **options))
 
 
 def _formats(known: Profile, length: int) -> Iterator[Contender]:

@@ -24,6 +24,7 @@ class Row:
         ppl: perplexity of what follows the prompts, and the dense model's.
         kl, agreement: see :mod:`openwork.evaluation.long_context`.
         found, asked: passkeys.
+        seconds: of a prompt, or of a step with the cache; the least of the texts.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Row:
     agreement: float
     found: int
     asked: int
+    seconds: float
 
 
 def row(
@@ -62,6 +64,7 @@ def row(
         agreement=fmean(o.score.agreement for o in scored),
         found=sum(o.score.found for o in asked),
         asked=len(asked),
+        seconds=min(o.seconds for o in scored),
     )
 
 
@@ -73,6 +76,21 @@ def to_json(rows: Sequence[Row]) -> bytes:
     """A list of rows; a perplexity too large for a float is null, since JSON has no infinity."""
     values = [{k: None if v == math.inf else v for k, v in asdict(row).items()} for row in rows]
     return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+
+
+def from_json(data: bytes) -> list[Row]:
+    """The rows that :func:`to_json` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return [
+            Row(**{k: math.inf if v is None else v for k, v in values.items()})
+            for values in json.loads(data)
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"rows of eval-context expected, got {error}") from error
 
 
 def draw(rows: Sequence[Row], title: str) -> bytes:

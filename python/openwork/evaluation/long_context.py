@@ -11,6 +11,7 @@ A passkey is a sample whose following tokens are the number (:mod:`openwork.eval
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -68,10 +69,12 @@ class Outcome(NamedTuple):
     Attributes:
         score: against the dense model.
         cost: density of the attention, or bytes of the cache after the prompt.
+        seconds: of the prompt and what follows, or of a step of up to 8 tokens with the cache.
     """
 
     score: Score
     cost: float
+    seconds: float
 
 
 def samples(tokens: Tensor, count: int, prompt: int, following: int) -> list[Sample]:
@@ -107,12 +110,14 @@ def with_policies(
     dense = None
     for name, policy in {"dense": attention.Dense(), **policies}.items():
         report = attention.enable(model, policy, crossover=0)
+        begin = time.perf_counter()
         try:
             logp = _log_probabilities(model, sample)
         finally:
             attention.disable(model)
+        seconds = time.perf_counter() - begin
         dense = logp if dense is None else dense
-        yield name, Outcome(score(logp, dense, sample.targets), report.density)
+        yield name, Outcome(score(logp, dense, sample.targets), report.density, seconds)
 
 
 def _log_probabilities(model: Llama, sample: Sample) -> Tensor:
@@ -148,10 +153,12 @@ def with_caches(
     for name, cache in filled.items():
         nbytes = cache.nbytes
         parts = sample.tokens[None, last:-1].split(_STEP, dim=1)
+        begin = time.perf_counter()
         logits = torch.cat([model(part, cache)[0] for part in parts])
+        seconds = (time.perf_counter() - begin) / len(parts)
         logp = torch.log_softmax(logits.float(), dim=-1)
         dense = logp if dense is None else dense
-        yield name, Outcome(score(logp, dense, sample.targets), nbytes)
+        yield name, Outcome(score(logp, dense, sample.targets), nbytes, seconds)
 
 
 class SharedPrompt:

@@ -21,13 +21,16 @@ class _PagesLayer(LayerPolicy):
 class Quest:
     """Read the pages whose bounds allow the highest scores (Quest).
 
-    A page's bound is ``sum_d max(q_d kmax_d, q_d kmin_d)`` over the largest and smallest value its
-    keys have in each channel, so no key of it scores higher. The newest page is always read.
+    The bound of some keys is ``sum_d max(q_d kmax_d, q_d kmin_d)`` over the largest and smallest
+    value they have in each channel, so none of them scores higher. Quest bounds pages of 16 tokens;
+    here a page, which is larger, has the largest bound of its pieces of 16, or with "flat" the
+    looser one of all its keys. The newest page is always read.
 
     Attributes:
         budget: tokens read at a step; whole pages.
         dense_layers: first layers, which read everything.
         reduce: how the query heads of a key head agree on a bound.
+        method: of bounding a page.
 
     Source: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
     2024.
@@ -36,11 +39,12 @@ class Quest:
     budget: int
     dense_layers: int = 2
     reduce: Literal["max", "sum"] = "max"
+    method: Literal["flat", "chunks"] = "chunks"
 
     def layer(self, index: int) -> LayerPolicy:
         if index < self.dense_layers:
             return LayerPolicy()
-        return _PagesLayer(PageChoice(self.budget, self.reduce))
+        return _PagesLayer(PageChoice(self.budget, self.reduce, method=self.method))
 
 
 @dataclass(frozen=True)
