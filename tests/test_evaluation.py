@@ -65,7 +65,7 @@ def test_chunks_of_positions_change_nothing(
     model: Llama, dense: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(model, TOKENS, reference=dense, **SIZES)
-    monkeypatch.setattr("openwork.evaluation._CHUNK", 5)
+    monkeypatch.setattr("openwork.evaluation.perplexity._CHUNK", 5)
     parts = evaluate(model, TOKENS, reference=dense, **SIZES)
     assert (parts.tokens, parts.agreement) == (whole.tokens, whole.agreement)
     assert parts.ppl == pytest.approx(whole.ppl, rel=1e-6)

@@ -32,6 +32,8 @@ std::vector<KernelName> kernel_names() {
       OW_QUANTIZE_KERNELS(OW_NAME)           //
       OW_ACTIVATIONS_KERNELS(OW_NAME)        //
       OW_DECODE_ATTENTION_KERNELS(OW_NAME)   //
+      OW_KV_CACHE_KERNELS(OW_NAME)           //
+      OW_PAGED_ATTENTION_KERNELS(OW_NAME)    //
       OW_BLOCK_ATTENTION_KERNELS(OW_NAME)    //
       OW_BLOCK_ATTENTION_GRADIENTS(OW_NAME)  //
       OW_MERGE_STATES_KERNELS(OW_NAME)       //

@@ -19,7 +19,8 @@ from .ops.sparse import compress_sparse, expand_sparse, sparse_linear
 from .packing import BlockSparseWeight, ColumnWeight, NmWeight, PackedWeight, SparseWeight
 
 # These build on the names above.
-from . import attention, checkpoint, models, prune, quant  # isort: skip
+from . import checkpoint, models, prune, quant  # isort: skip
+from . import attention, kvcache  # isort: skip
 from .checkpoint import save
 from .evaluation import evaluate
 from .models import generate, load
@@ -49,6 +50,7 @@ __all__ = [
     "info",
     "isa",
     "kernels",
+    "kvcache",
     "layouts",
     "load",
     "lowbit_linear",

@@ -1,4 +1,4 @@
-"""Sparse attention: estimators that choose keys, and packing of prompts.
+"""Sparse attention: estimators that choose keys, policies for models, and packing of prompts.
 
 An estimator is a function of queries and keys that returns a :class:`openwork.BlockIndex`::
 
@@ -29,25 +29,57 @@ Estimators that measure otherwise keep the last two steps:
 
 Positions are aligned at the end of the keys (query i of sq is at ``sk - sq + i``), all lengths are
 allowed, scores are float32, and nothing is kept between calls.
+
+A policy (:class:`Policy`) is what a model attends by in long prompts, once :func:`enable` turned it
+on: a mask that follows from positions, or an estimator with its options.
 """
 
 from __future__ import annotations
 
 from .block_topk import block_topk_index
+from .enable import Prefill, Report, disable, enable, measure_crossover
+from .estimated import BlockTopK, Estimated, FlexPrefill, HiP, VerticalSlash
 from .flexprefill import flexprefill_index
 from .hip import hip_index
+from .minference import HeadPattern, MInference, search_patterns
+from .packed import packed_hidden
+from .policy import AShape, Dense, LMInfinite, LServe, Policy, Visited, lambda_density
 from .prepack import Prepacked, prepack
+from .probe import each_layer, row_lse
 from .shapes import a_shape_index, causal_index, select_heads
 from .vertical_slash import vertical_slash_index
 
 __all__ = [
+    "AShape",
+    "BlockTopK",
+    "Dense",
+    "Estimated",
+    "FlexPrefill",
+    "HeadPattern",
+    "HiP",
+    "LMInfinite",
+    "LServe",
+    "MInference",
+    "Policy",
+    "Prefill",
     "Prepacked",
+    "Report",
+    "VerticalSlash",
+    "Visited",
     "a_shape_index",
     "block_topk_index",
     "causal_index",
+    "disable",
+    "each_layer",
+    "enable",
     "flexprefill_index",
     "hip_index",
+    "lambda_density",
+    "measure_crossover",
+    "packed_hidden",
     "prepack",
+    "row_lse",
+    "search_patterns",
     "select_heads",
     "vertical_slash_index",
 ]

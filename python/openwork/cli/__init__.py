@@ -7,7 +7,7 @@ from typing import Annotated
 import rich
 import typer
 
-from openwork.cli import bench, compress, demo, evaluate, generate, info
+from openwork.cli import bench, compress, context, demo, evaluate, generate, info
 from openwork.cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ def root(
 app.command()(demo.demo)
 app.command()(compress.compress)
 app.command(name="eval")(evaluate.evaluate)
+app.command(name="eval-context")(context.evaluate_context)
 app.command()(generate.generate)
 app.command()(info.info)
 # Its arguments are those of another program, --help included.

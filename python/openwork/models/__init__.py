@@ -10,7 +10,8 @@ from openwork.models.config import LayerShape, Llama3Rope, LlamaConfig
 from openwork.models.generation import generate
 from openwork.models.gguf import load_gguf
 from openwork.models.hf import load_hf, read_json
-from openwork.models.llama import DenseLinear, KVCache, Llama
+from openwork.models.kv_cache import KVCache
+from openwork.models.llama import DenseLinear, Llama
 from openwork.models.tokenizer import Tokenizer
 
 __all__ = [

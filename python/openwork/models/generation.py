@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from openwork.models.llama import KVCache, Llama
+from openwork.models.kv_cache import KVCache, LayeredCache
+from openwork.models.llama import Llama
 
 
 @torch.inference_mode()
@@ -21,7 +22,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: Collection[int] | None = None,
-    cache: KVCache | None = None,
+    cache: KVCache | LayeredCache | None = None,
 ) -> Iterator[int]:
     """Continue ``tokens``, yielding each new token as soon as it is known.
 

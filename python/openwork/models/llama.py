@@ -17,7 +17,7 @@ gradient: where one is needed the same formulas run in plain torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from openwork import ops
 from openwork.models.config import Llama3Rope, LlamaConfig
 from openwork.models.decode_plan import DecodePlan
+from openwork.models.kv_cache import Attend, KVCache, LayeredCache
 from openwork.models.tokenizer import Tokenizer
 
 
@@ -80,7 +81,7 @@ _CHUNK = 128
 _DECODE = 8
 
 
-def _attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of the last ``t`` of ``n`` positions.
 
     Args:
@@ -107,6 +108,13 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             )
         )
     return torch.cat(chunks, dim=2).transpose(1, 2).reshape(b, t, h * e)
+
+
+class Prefill(Protocol):
+    """How a layer attends where there are many queries: :func:`dense_attention`, or less."""
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As :func:`dense_attention`."""
 
 
 class DenseLinear(nn.Linear):
@@ -140,13 +148,18 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. Hooks belong on it or on its linears; nothing between is called."""
+    """One decoder layer. Hooks belong on it or on its linears; nothing between is called.
+
+    Attributes:
+        prefill: attention of more than 8 queries, or of queries without a cache.
+    """
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads_of(index), config.shape_of(index).kv_heads
         self.head_dim = config.head_dim
         self.eps = config.norm_eps
+        self.prefill: Prefill = dense_attention
         self.attn_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.attn = Attention(config, index)
         self.mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
@@ -160,6 +173,7 @@ class Layer(nn.Module):
         keys: Tensor | None = None,
         values: Tensor | None = None,
         start: int = 0,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Run the layer.
 
@@ -169,6 +183,7 @@ class Layer(nn.Module):
             keys: ``[b, kv_heads, max_len, head_dim]``, this layer's cache, which takes up the
                 tokens of ``x``; ``values`` alike. None: attend within ``x``.
             start: tokens the cache holds before these.
+            attend: attends in place of all that, with keys and values of its own.
 
         Returns:
             ``[b, t, d]``.
@@ -182,65 +197,21 @@ class Layer(nn.Module):
         mlp: Any = self._modules["mlp"]._modules  # type: ignore[union-attr]
 
         qkv = attn["qkv"](_rms_norm(x, weights["attn_norm"], self.eps)).view(b, t, h + 2 * g, e)
-        if keys is None or values is None:
+        if attend is not None:
+            y = attend(qkv, cos, sin)
+        elif keys is None or values is None:
             qk = _rope(qkv.narrow(2, 0, h + g), cos, sin)
             q, keys, values = qk.narrow(2, 0, h), qk.narrow(2, h, g), qkv.narrow(2, h + g, g)
-            y = _attention(q, keys.transpose(1, 2), values.transpose(1, 2))
+            y = self.prefill(q, keys.transpose(1, 2), values.transpose(1, 2))
         else:
             q = ops.rope_append(qkv, cos, sin, keys, values, start)
             if t <= _DECODE:
                 y = ops.decode_attention(q, keys, values, start + t).view(b, t, h * e)
             else:
-                y = _attention(q, keys[:, :, : start + t], values[:, :, : start + t])
+                y = self.prefill(q, keys[:, :, : start + t], values[:, :, : start + t])
         x = attn["o"](y, add=x)
         gate_up = mlp["gate_up"](_rms_norm(x, weights["mlp_norm"], self.eps))
         return cast(Tensor, mlp["down"](_silu_mul(gate_up), add=x))
-
-
-class KVCache:
-    """Keys and values of the tokens so far, in memory allocated once. It takes no gradient.
-
-    Args:
-        config: the model's configuration.
-        max_len: tokens it can hold.
-        batch: sequences, all of one length.
-        dtype: of the stored values.
-
-    Attributes:
-        length: tokens held. Setting it to a smaller number forgets the later tokens.
-        keys: of each layer, ``[batch, kv_heads, max_len, head_dim]``.
-        values: alike.
-        plan: the model's layers as they were when the first token came; what is done to them before
-            the next first token may go unseen.
-    """
-
-    def __init__(self, config: LlamaConfig, max_len: int, batch: int, dtype: torch.dtype) -> None:
-        if max_len < 1 or batch < 1:
-            raise ValueError(
-                f"KVCache: max_len and batch must be at least 1, got {max_len}, {batch}"
-            )
-        self.max_len, self.batch, self.length = max_len, batch, 0
-        self.plan: DecodePlan | None = None
-        heads = [config.shape_of(index).kv_heads for index in range(config.layers)]
-        with torch.inference_mode(False):  # so that it may be used in and out of that mode
-            whole = torch.empty(2, sum(heads), batch, max_len, config.head_dim, dtype=dtype)
-            self.keys, self.values = (
-                tuple(part.transpose(0, 1) for part in half.split(heads)) for half in whole
-            )
-
-    def reserve(self, batch: int, t: int) -> None:
-        """Check that ``t`` more tokens of ``batch`` sequences fit.
-
-        Raises:
-            ValueError: the cache is too small, or made for another ``batch``.
-        """
-        if batch != self.batch:
-            raise ValueError(f"KVCache: {self.batch} sequences expected (its batch), got {batch}")
-        if self.length + t > self.max_len:
-            raise ValueError(
-                f"KVCache: room for {self.length + t} tokens needed, got max_len = "
-                f"{self.max_len}; make a longer one with new_cache"
-            )
 
 
 class Llama(nn.Module):
@@ -306,7 +277,7 @@ class Llama(nn.Module):
                 self._cos, self._sin = angles.cos(), angles.sin()
         return self._cos[start:end], self._sin[start:end]
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | LayeredCache | None = None) -> Tensor:
         """Everything but the head: ``tokens [b, t] -> [b, t, d]`` after the final norm.
 
         With a cache, the tokens follow those it holds, and it holds them too afterwards.
@@ -329,22 +300,34 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin)
         else:
             cache.reserve(*tokens.shape)
-            if cache.plan is None or start == 0 or cache.plan.layers is not self.layers:
-                cache.plan = DecodePlan(self.layers)
-            plan = cache.plan
-            if t <= _DECODE and plan.usable and not torch.is_grad_enabled():
-                x = ops.decoder_layers(
-                    x, cos, sin, cache.keys, cache.values, start, plan.weights, plan.linears,
-                    plan.heads, self.config.norm_eps,
-                )  # fmt: skip
-            else:
-                for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-                    x = layer(x, cos, sin, keys, values, start)
+            x = self._layers(x, cos, sin, cache)
             cache.length = start + t
         return _rms_norm(x, self.norm, self.config.norm_eps)
 
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | LayeredCache) -> Tensor:
+        if not isinstance(cache, KVCache):
+            for layer, attend in zip(self.layers, cache.attend, strict=True):
+                x = layer(x, cos, sin, attend=attend)
+            return x
+        start = cache.length
+        if cache.plan is None or start == 0 or cache.plan.layers is not self.layers:
+            cache.plan = DecodePlan(self.layers)
+        plan = cache.plan
+        if x.shape[1] <= _DECODE and plan.usable and not torch.is_grad_enabled():
+            return ops.decoder_layers(
+                x, cos, sin, cache.keys, cache.values, start, plan.weights, plan.linears,
+                plan.heads, self.config.norm_eps,
+            )  # fmt: skip
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x = layer(x, cos, sin, keys, values, start)
+        return x
+
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+        self,
+        tokens: Tensor,
+        cache: KVCache | LayeredCache | None = None,
+        *,
+        last_only: bool = False,
     ) -> Tensor:
         """Next-token logits.
 

@@ -1,0 +1,125 @@
+"""The compressed cache of a model: one format, one policy, a layer at a time.
+
+A layer takes a prompt in two steps, which have nothing to do with each other: attention over all
+of it, dense or by the model's own prefill policy, and then the choice of what to keep. Later tokens
+attend to what was kept and to each other::
+
+    attention = pages  (+)  first tokens, exact  (+)  what stands for dropped tokens
+
+where (+) merges states of parts of the keys (``openwork.ops.merge_states``). Every key head of
+every sequence is a row of pages of its own, with its own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from openwork.kvcache.formats import Format
+from openwork.kvcache.layer import LayerCache
+from openwork.kvcache.policy import KeepAll, Policy
+from openwork.models import Llama
+from openwork.models.kv_cache import Attend
+from openwork.models.llama import Layer
+
+
+class Cache:
+    """Keys and values of a model in a format, as many as a policy keeps.
+
+    Args:
+        model: what it is a cache of.
+        max_len: tokens it can see; memory is taken for those that are held.
+        batch: sequences, all of one length.
+        format: how keys and values are stored: one for all layers, or one for each.
+        policy: which tokens are kept and read.
+        page_size: tokens of a page: 32, 64 or 128.
+
+    Attributes:
+        length: tokens seen, the position of the next one.
+        layers: a :class:`LayerCache` each.
+
+    Example:
+        >>> from openwork.kvcache import Cache, SnapKV, kivi
+        >>> from openwork.models import Llama, LlamaConfig
+        >>> model = Llama(LlamaConfig("llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=2,
+        ...                           heads=4, kv_heads=2, head_dim=8, context_length=256))
+        >>> cache = Cache(model, 256, policy=SnapKV(budget=32, window=16))
+        >>> with torch.inference_mode():
+        ...     logits = model(torch.arange(200)[None] % 64, cache)
+        >>> cache.length, cache.held.tolist()
+        (200, [[[32, 32]], [[32, 32]]])
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        max_len: int,
+        *,
+        batch: int = 1,
+        format: Format | Sequence[Format] = Format(),  # noqa: B008  frozen
+        policy: Policy = KeepAll(),  # noqa: B008  without state
+        page_size: int = 64,
+    ) -> None:
+        if max_len < 1 or batch < 1:
+            raise ValueError(f"Cache: max_len and batch must be at least 1, got {max_len}, {batch}")
+        config = model.config
+        formats = [format] * config.layers if isinstance(format, Format) else list(format)
+        if len(formats) != config.layers:
+            raise ValueError(
+                f"Cache: a format for each of {config.layers} layers expected, got {len(formats)}"
+            )
+        self.max_len, self.batch, self.length = max_len, batch, 0
+        self.layers = [
+            LayerCache(
+                batch,
+                config.heads_of(index),
+                config.shape_of(index).kv_heads,
+                config.head_dim,
+                max_len,
+                format=formats[index],
+                policy=policy.layer(index),
+                page_size=page_size,
+                dtype=model.dtype,
+                rope=model.rope(0, max_len),
+            )
+            for index in range(config.layers)
+        ]
+        self.attend: Sequence[Attend] = [
+            _attend(layer, held)
+            for layer, held in zip(cast(Iterable[Layer], model.layers), self.layers, strict=True)
+        ]
+
+    @property
+    def held(self) -> Tensor:
+        """``[layers, batch, kv_heads]`` int64: tokens held."""
+        return torch.stack([layer.lengths for layer in self.layers])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: pages in use, exact tokens and tables."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reserve(self, batch: int, t: int) -> None:
+        """Check that ``t`` more tokens of ``batch`` sequences fit.
+
+        Raises:
+            ValueError: the cache is too small, or made for another ``batch``.
+        """
+        if batch != self.batch:
+            raise ValueError(f"Cache: {self.batch} sequences expected (its batch), got {batch}")
+        if self.length + t > self.max_len:
+            raise ValueError(
+                f"Cache: room for {self.length + t} tokens needed, got max_len = {self.max_len}"
+            )
+
+
+def _attend(layer: Layer, held: LayerCache) -> Attend:
+    """What the layer asks of the cache; it attends to a prompt as it would without one."""
+
+    def prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return layer.prefill(q, keys, values).view(q.shape)
+
+    return lambda qkv, cos, sin: held(qkv, cos, sin, prompt)

@@ -1,0 +1,338 @@
+"""The compressed cache of one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openwork import ops
+from openwork.kvcache.formats import Format
+from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt, State
+
+# Queries that one operator reads the pages for.
+_DECODE = 8
+
+
+# Attention of a whole prompt: q [b, t, h, d], keys [b, g, t, d] and values alike to [b, t, h, d].
+PromptAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class LayerCache:
+    """Keys and values of one layer.
+
+    Args:
+        batch: sequences.
+        heads: query heads.
+        kv_heads: key heads.
+        head_dim: width of a head.
+        max_len: tokens that a head can hold.
+        format: how they are stored.
+        policy: which of them are kept and read.
+        page_size: tokens of a page: 32, 64 or 128.
+        dtype: of queries, keys and values.
+        rope: cos and sin of every position, ``[max_len, head_dim / 2]`` float32 each, for formats
+            that rotate when reading.
+
+    Attributes:
+        pages: the tokens held. Row ``s * kv_heads + g`` is a sequence of one head there, since
+            heads hold different numbers of tokens.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_len: int,
+        *,
+        format: Format,
+        policy: LayerPolicy,
+        page_size: int,
+        dtype: torch.dtype,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.pages = format.pages(
+            batch * kv_heads, head_dim, max_len, page_size, dtype, bounds=policy.pages is not None
+        )
+        self._shape = batch, heads, kv_heads, head_dim
+        self._format, self._policy = format, policy
+        self._cos: Tensor | None = None
+        self._sin: Tensor | None = None
+        if format.rotate != "stored":
+            if rope is None:
+                raise ValueError("LayerCache: rope for a format that rotates expected, got None")
+            self._cos, self._sin = rope
+        self._scale = 1 / math.sqrt(head_dim)
+        self._seen = 0
+        self._exact: tuple[Tensor, Tensor] | None = None
+        self._selected: Tensor | None = None
+        self._selected_at, self._newest = -1, -1
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[b, g]`` int64: tokens held, those kept exactly among them."""
+        b, _, g, _ = self._shape
+        exact = 0 if self._exact is None else self._exact[0].shape[1]
+        return self.pages.lengths.view(b, g).long() + exact
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use, the tails, and the tokens kept exactly."""
+        exact = () if self._exact is None else self._exact
+        return self.pages.bytes() + sum(x.nbytes for x in exact)
+
+    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, prompt: PromptAttention) -> Tensor:
+        """:meth:`attend`, as :class:`~openwork.models.kv_cache.Attend` asks it."""
+        _, h, g, _ = self._shape
+        t = qkv.shape[1]
+        q, keys, values = qkv[:, :, :h], qkv[:, :, h : h + g], qkv[:, :, h + g :]
+        if self._format.rotate == "place" and self._cos is not None and self._sin is not None:
+            place = int(self.lengths.max())
+            cos, sin = self._cos[place : place + t], self._sin[place : place + t]
+        q, rotated = ops.rope(q, cos, sin), ops.rope(keys, cos, sin)
+        return self.attend(q, keys, rotated, values, prompt).flatten(2)
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        rotated: Tensor,
+        values: Tensor,
+        prompt: PromptAttention,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attend to what is held and to the new tokens, and take those up.
+
+        Args:
+            q: ``[b, t, h, d]``, rotated.
+            keys: ``[b, t, g, d]``, of the same tokens, before rotation; ``rotated`` after it.
+            values: alike.
+            prompt: attends for the first tokens of all.
+            scale: of the scores; None: ``1 / sqrt(d)``.
+
+        Returns:
+            ``[b, t, h, d]``.
+        """
+        if scale is not None:
+            self._scale = scale
+        if self._seen == 0:
+            o = prompt(q, rotated.transpose(1, 2), values.transpose(1, 2))
+
+            def columns(last: int) -> Tensor:
+                return column_scores(q, rotated, values, last, self._scale)
+
+            self.take(keys, rotated, values, columns)
+            return o
+        if q.shape[1] <= _DECODE:
+            o = self._step(q, keys, rotated, values)
+        else:
+            o = self._continue(q, rotated, values)
+            self._append(keys, rotated, values)
+        self._trim(q)
+        return o
+
+    def take(
+        self,
+        keys: Tensor,
+        rotated: Tensor,
+        values: Tensor,
+        columns: Callable[[int], Tensor],
+    ) -> None:
+        """Take up a prompt, or what the policy keeps of it.
+
+        Args:
+            keys: ``[b, n, g, d]``, as they were before rotation.
+            rotated: alike, after it.
+            values: ``[b, n, g, d]``.
+            columns: see :class:`~openwork.kvcache.Prompt`.
+        """
+        n = keys.shape[1]
+        first = min(self._format.exact_first, n)
+        if first:
+            self._exact = rotated[:, :first].clone(), values[:, :first].clone()
+        stored = rotated if self._format.rotate == "stored" else keys
+        prompt = Prompt(
+            stored[:, first:].transpose(1, 2),
+            values[:, first:].transpose(1, 2),
+            lambda last: columns(last)[..., first:],
+        )
+        kept = self._policy.compress(prompt) if n > first else None
+        self._seen = n
+        if kept is None:
+            kept = Kept(torch.ones(prompt.keys.shape[:3], dtype=torch.bool))
+        self._append_kept(prompt, kept, first)
+
+    def _append_kept(self, prompt: Prompt, kept: Kept, first: int) -> None:
+        """Append tokens of a prompt, of each row as many as are kept."""
+        keys = prompt.keys if kept.keys is None else kept.keys
+        values = prompt.values if kept.values is None else kept.values
+        mask = kept.mask.flatten(0, 1)
+        order = _kept_tokens(mask)
+        # Rows that keep fewer tokens are filled up with any.
+        places = order.clamp(max=mask.shape[-1] - 1)
+        rows = places.view(*kept.mask.shape[:2], -1, 1)
+        has_positions = self.pages.positions is not None
+        ops.kv_append(
+            self.pages,
+            *(
+                x.gather(2, rows.expand(*rows.shape[:3], x.shape[-1])).flatten(0, 1).unsqueeze(2)
+                for x in (keys, values)
+            ),
+            counts=mask.sum(-1).int(),
+            positions=(places + first).int() if has_positions else None,
+        )
+        # Pages were taken for as many tokens in every row.
+        self.pages.trim()
+
+    def _append(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
+        t = keys.shape[1]
+        stored = rotated if self._format.rotate == "stored" else keys
+        positions = None
+        if self.pages.positions is not None:
+            positions = torch.arange(self._seen, self._seen + t, dtype=torch.int32)
+            positions = positions.repeat(len(self.pages.positions), 1)
+        ops.kv_append(
+            self.pages,
+            *(x.transpose(1, 2).reshape(-1, t, 1, x.shape[-1]) for x in (stored, values)),
+            positions=positions,
+        )
+        self._seen += t
+
+    def _step(self, q: Tensor, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
+        """A few tokens: into the pages first, then one read of the pages for all of them."""
+        b, h, g, d = self._shape
+        t = q.shape[1]
+        self._append(keys, rotated, values)
+        rows = q.view(b, t, g, h // g, d).transpose(1, 2).reshape(b * g, t, h // g, d)
+        o, lse = ops.paged_attention(
+            rows,
+            self.pages,
+            selected=self._choose(rows),
+            scale=self._scale,
+            return_lse=True,
+            cos=self._cos,
+            sin=self._sin,
+        )
+        return self._merged(q, State(self._heads(o), self._heads(lse)))
+
+    def _continue(self, q: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
+        """Many tokens after others: to what is held, and causally to each other."""
+        b, h, g, d = self._shape
+        t = q.shape[1]
+        keys, held_values = self._read()
+        lengths = self.pages.lengths[:, 0]
+        held = torch.arange(keys.shape[1]) < lengths.unsqueeze(-1)
+        rows = q.view(b, t, g, h // g, d).transpose(1, 2).reshape(1, b * g * t, h // g, d)
+        past = ops.block_attention(
+            rows,
+            keys[held].view(1, -1, 1, d),
+            held_values[held].view(1, -1, 1, d),
+            causal=False,
+            scale=self._scale,
+            return_lse=True,
+            cu_seqlens_q=torch.arange(0, b * g * t + 1, t, dtype=torch.int32),
+            cu_seqlens_k=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        )
+        own = State(*ops.block_attention(q, rotated, values, scale=self._scale, return_lse=True))
+        earlier = State(*(self._heads(x.view(b * g, t, *x.shape[2:])) for x in past))
+        return self._merged(q, State(*ops.merge_states(*own, *earlier)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[b g, t, h / g, ...] -> [b, t, h, ...]``."""
+        b, h, g, _ = self._shape
+        x = x.view(b, g, *x.shape[1:]).transpose(1, 2)
+        return x.reshape(b, x.shape[1], h, *x.shape[4:])
+
+    def _merged(self, q: Tensor, state: State) -> Tensor:
+        """The output, with what is held elsewhere than in pages."""
+        more = [self._policy.elsewhere(q, self._scale)]
+        if self._exact is not None:
+            options: dict[str, Any] = {"causal": False, "scale": self._scale, "return_lse": True}
+            more.append(State(*ops.block_attention(q, *self._exact, **options)))
+        for other in more:
+            if other is not None:
+                state = State(*ops.merge_states(*state, *other))
+        return state.o
+
+    def _choose(self, rows: Tensor) -> Tensor | None:
+        """Places of the pages to read, or None for all."""
+        choice = self._policy.pages
+        if choice is None:
+            return None
+        newest = (int(self.pages.lengths.max()) - 1) // self.pages.page_size
+        age = self._seen - self._selected_at
+        if self._selected is None or age >= choice.refresh or newest != self._newest:
+            self._selected = ops.select_pages(
+                rows,
+                self.pages,
+                max(1, choice.tokens // self.pages.page_size),
+                method=choice.method,
+                reduce=choice.reduce,
+            )
+            self._selected_at, self._newest = self._seen, newest
+        return self._selected
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of every row: ``[b g, n, d]``; zeros past a row's length."""
+        keys, values = (x.squeeze(1) for x in ops.kv_read(self.pages))
+        if self._cos is not None and self._sin is not None:
+            rows, n = keys.shape[:2]
+            places = torch.arange(n).expand(rows, n)
+            if self.pages.positions is not None:
+                places = self.pages.positions[:, 0, :n].long()
+            cos, sin = self._cos[places], self._sin[places]
+            x1, x2 = keys.float().chunk(2, -1)
+            keys = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(keys.dtype)
+        return keys, values
+
+    def _trim(self, q: Tensor) -> None:
+        b, h, g, d = self._shape
+        t = q.shape[1]
+        lengths = self.pages.lengths.view(b, g).long()
+
+        def columns() -> Tensor:
+            keys = self._read()[0].view(b, g, -1, d)
+            n = keys.shape[2]
+            grouped = q.view(b, t, g, h // g, d).permute(0, 2, 3, 1, 4)
+            scores = (grouped.float() @ keys.float().unsqueeze(2).transpose(-1, -2)) * self._scale
+            last = lengths.view(b, g, 1, 1, 1) - t + torch.arange(t).view(-1, 1)
+            scores = scores.masked_fill(torch.arange(n) > last, -torch.inf)
+            return scores.softmax(-1).sum(3).flatten(1, 2)
+
+        def read() -> tuple[Tensor, Tensor]:
+            keys, values = ops.kv_read(self.pages)
+            return keys.view(b, g, -1, d), values.view(b, g, -1, d)
+
+        mask = self._policy.trim(Held(lengths, t, columns, read))
+        if mask is not None:
+            kept = _kept_tokens(mask.flatten(0, 1))
+            ops.kv_compact(self.pages, kept.where(kept < mask.shape[-1], -1).unsqueeze(1).int())
+
+
+def _kept_tokens(mask: Tensor) -> Tensor:
+    """``[rows, n]`` bool to ``[rows, most]``: numbers of the true ones, rising, filled with n."""
+    n = mask.shape[-1]
+    tokens = torch.arange(n).where(mask, n).sort(-1).values
+    return tokens[:, : int(mask.sum(-1).max())]
+
+
+def column_scores(
+    q: Tensor, keys: Tensor, values: Tensor, last: int, scale: float | None = None
+) -> Tensor:
+    """What the last queries, or all with 0, attend to each key with: ``[b, h, n]`` float32.
+
+    Args:
+        q: ``[b, t, h, d]``.
+        keys: ``[b, n, g, d]``; ``values`` alike.
+        last: how many queries.
+        scale: of the scores; None: ``1 / sqrt(d)``.
+    """
+    # The last queries alone are a batch of fewer, bottom-right.
+    first = q.shape[1] - last if last else 0
+    scores: Tensor = ops.block_attention(q[:, first:], keys, values, scale=scale, scores="all")[-1]
+    return scores

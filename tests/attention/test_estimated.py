@@ -1,0 +1,116 @@
+"""Policies that estimate: dense in their limits, bounded by the mass they leave out elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models.checkpoints import random_model
+from torch import Tensor
+
+from openwork import attention
+from openwork.attention import (
+    BlockTopK,
+    Dense,
+    Estimated,
+    FlexPrefill,
+    HeadPattern,
+    HiP,
+    MInference,
+    VerticalSlash,
+    packed_hidden,
+    search_patterns,
+)
+from openwork.errors import FormatError
+
+N, H, G, D = 300, 6, 2, 16
+FULL: list[Estimated] = [
+    VerticalSlash(N, 1),
+    VerticalSlash(1, N),
+    BlockTopK(N),
+    FlexPrefill(1.0),
+    HiP(N),
+    MInference(((HeadPattern("a_shape", 0, N), HeadPattern("block_topk", 99)) * 3,)),
+]
+SPARSE: list[Estimated] = [
+    VerticalSlash(30, 2, sinks=4, window=1),
+    BlockTopK(1),
+    FlexPrefill(0.3, min_budget=64, block=32),
+    HiP(1, window=16),
+    MInference(((HeadPattern("a_shape", 4, 20), HeadPattern("vertical_slash", 40, 110)) * 3,)),
+]
+
+
+def qkv(n: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(1, n, H, D), torch.randn(1, n, G, D), torch.randn(1, n, G, D)
+
+
+@pytest.mark.parametrize("policy", FULL, ids=repr)
+def test_full_budgets_are_dense(policy: Estimated) -> None:
+    q, k, v = qkv()
+    for scale in (None, 0.1):
+        o, density = policy(0, q, k, v, scale=scale)
+        assert density == pytest.approx(1)
+        assert torch.allclose(o, Dense()(0, q, k, v, scale=scale).o, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", SPARSE, ids=repr)
+def test_error_is_bounded_by_the_mass_left_out(policy: Estimated) -> None:
+    q, k, v = qkv()
+    o, density = policy(0, q, k, v)
+    assert 0 < density < 0.9
+    index = policy.index(0, q, k, None)
+    mask = index.to_mask([N], [N])[0].expand(H, N, N)
+    scores = torch.einsum("bihd,bjhd->hij", q, k.repeat_interleave(H // G, 2)) / D**0.5
+    causal = torch.ones(N, N, dtype=torch.bool).tril()
+    p = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    covered = (p * mask).sum(-1).T
+    error = (o - Dense()(0, q, k, v).o)[0].abs().amax(-1)
+    assert (error <= 2 * (1 - covered) * v.abs().max() + 1e-5).all()
+
+
+def test_patterns_of_heads_are_kept_apart() -> None:
+    q, k, v = qkv()
+    near, far = HeadPattern("a_shape", 0, 16), HeadPattern("a_shape", 64, 16)
+    o = MInference(((near, far, near, near, far, far),))(0, q, k, v).o
+    for head, pattern in enumerate((near, far, near, near, far, far)):
+        alone = MInference(((pattern,) * H,))(0, q, k, v).o
+        assert torch.allclose(o[:, :, head], alone[:, :, head], atol=1e-6)
+
+
+def test_patterns_are_saved(tmp_path: Path) -> None:
+    policy = MInference(((HeadPattern("a_shape", 4, 20), HeadPattern("block_topk", 3)),) * 2)
+    policy.save(tmp_path / "patterns.json")
+    assert MInference.load(tmp_path / "patterns.json") == policy
+    for damaged in ("{}", "[", '{"heads": [[{"kind": "other", "first": 1}]]}', '{"heads": 3}'):
+        (tmp_path / "damaged.json").write_text(damaged)
+        with pytest.raises(FormatError, match=r"damaged.json: patterns of heads expected, got"):
+            MInference.load(tmp_path / "damaged.json")
+
+
+def test_search_takes_the_least_error_that_the_density_allows() -> None:
+    model, tokens = random_model(), torch.arange(256) % 320
+    full, near = HeadPattern("a_shape", 0, 256), HeadPattern("a_shape", 0, 16)
+    sinks = HeadPattern("a_shape", 64, 16)
+    found = search_patterns(model, tokens, density=1.0, candidates=[near, full, sinks])
+    assert set(sum(found.heads, ())) == {full}
+    found = search_patterns(model, tokens, density=0.01, candidates=[full, near, sinks])
+    assert set(sum(found.heads, ())) == {near}
+    assert [len(layer) for layer in found.heads] == [6, 6]
+    report = attention.enable(model, found, crossover=0)
+    with torch.inference_mode():
+        model(tokens[None])
+    assert report.density < 0.7
+    with pytest.raises(ValueError, match="expected, got 0 and 0.5"):
+        search_patterns(model, tokens, density=0.5, candidates=[])
+
+
+def test_packed_prompts_equal_single_ones() -> None:
+    model = random_model()
+    prompts = [torch.randint(0, 320, (n,)) for n in (3, 40, 1, 17, 22)]
+    with torch.inference_mode():
+        for packed, prompt in zip(packed_hidden(model, prompts), prompts, strict=True):
+            assert torch.allclose(packed, model.hidden(prompt[None])[0], atol=1e-5)
+    assert len(packed_hidden(model, [[1, 2], [3]])) == 2
