@@ -63,10 +63,13 @@ INCLUDE_RULES = (
 IMPORT_RULES = {
     "_native": set(),
     "packing": {"_host", "_native"},
-    "ops": {"_native", "packing"},
+    "block_index": set(),
+    "kv_format": {"_host"},
+    "kv_pages": {"_host", "kv_format"},
+    "ops": {"_native", "block_index", "kv_pages", "packing"},
     "nn": {"ops", "packing"},
     "errors": set(),
-    "testing": {"_native", "ops", "packing"},
+    "testing": {"_native", "block_index", "kv_format", "kv_pages", "ops", "packing"},
 }
 # Only the part itself (and tests and bench) may import these.
 CLOSED = {"testing", "integrations", "cli", "_kernels"}

@@ -4,9 +4,14 @@
 
 #include "kernels/activations/activations.h"
 #include "kernels/active_gemv/active_gemv.h"
+#include "kernels/block_attention/block_attention.h"
+#include "kernels/block_scores/block_scores.h"
 #include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
+#include "kernels/kv_cache/kv_cache.h"
+#include "kernels/line_scores/line_scores.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
+#include "kernels/merge_states/merge_states.h"
 #include "kernels/nm_gemm/nm_gemm.h"
 #include "kernels/paged_attention/paged_attention.h"
 #include "kernels/quantize/quantize.h"
@@ -27,11 +32,16 @@ std::vector<KernelName> kernel_names() {
       OW_QUANTIZE_KERNELS(OW_NAME)           //
       OW_ACTIVATIONS_KERNELS(OW_NAME)        //
       OW_DECODE_ATTENTION_KERNELS(OW_NAME)   //
+      OW_BLOCK_ATTENTION_KERNELS(OW_NAME)    //
+      OW_MERGE_STATES_KERNELS(OW_NAME)       //
+      OW_KV_CACHE_KERNELS(OW_NAME)           //
       OW_PAGED_ATTENTION_KERNELS(OW_NAME)    //
       OW_SPARSE_GEMM_KERNELS(OW_NAME)        //
       OW_SAMPLED_GEMM_KERNELS(OW_NAME)       //
       OW_BLOCK_SPARSE_GEMM_KERNELS(OW_NAME)  //
       OW_ACTIVE_GEMV_KERNELS(OW_NAME)        //
+      OW_LINE_SCORES_KERNELS(OW_NAME)        //
+      OW_BLOCK_SCORES_KERNELS(OW_NAME)       //
 #undef OW_NAME
   };
   std::vector<KernelName> names;

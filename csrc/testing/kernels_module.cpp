@@ -16,6 +16,7 @@
 #include "core/layout.h"
 #include "kernels/activations/activations.h"
 #include "kernels/active_gemv/active_gemv.h"
+#include "kernels/block_attention/block_attention.h"
 #include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
@@ -99,6 +100,7 @@ std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table
   if (family == "quantize") return {OW_QUANTIZE_KERNELS(OW_ROW)};
   if (family == "activations") return {OW_ACTIVATIONS_KERNELS(OW_ROW)};
   if (family == "decode_attention") return {OW_DECODE_ATTENTION_KERNELS(OW_ROW)};
+  if (family == "block_attention") return {OW_BLOCK_ATTENTION_KERNELS(OW_ROW)};
   if (family == "sparse_gemm") return {OW_SPARSE_GEMM_KERNELS(OW_ROW)};
   if (family == "sampled_gemm") return {OW_SAMPLED_GEMM_KERNELS(OW_ROW)};
   if (family == "block_sparse_gemm") return {OW_BLOCK_SPARSE_GEMM_KERNELS(OW_ROW)};

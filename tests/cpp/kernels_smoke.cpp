@@ -54,6 +54,8 @@ int main() {
   check_sparse_gemm(&memory);
   check_block_sparse_gemm(&memory);
   check_active_gemv(&memory);
+  check_block_index(&memory);
+  check_line_scores(&memory);
   check_team();
   printf("%d checks on tiers up to %s, %d failed\n", checks, isa_name(ow::detected_isa()),
          failures);

@@ -99,6 +99,8 @@ void check_decode_attention(Guarded* memory);
 void check_sparse_gemm(Guarded* memory);
 void check_block_sparse_gemm(Guarded* memory);
 void check_active_gemv(Guarded* memory);
+void check_block_index(Guarded* memory);
+void check_line_scores(Guarded* memory);
 void check_team();
 
 }  // namespace ow::testing

@@ -255,7 +255,8 @@ def _samples(draw: Draw, case: OpCase) -> Sample:
     return samples[draw(st.integers(0, len(samples) - 1))]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+# The samples of the others are run by test_ops.py.
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in _VALID], ids=lambda c: c.name)
 def test_valid_calls_equal_the_reference(case: OpCase, isa: str) -> None:
     @given(_samples(case))
     @_fuzz(max_examples=40)
@@ -355,7 +356,11 @@ def _damaged_calls(draw: Draw, name: str) -> Raw:
 _ON_VALUES = (
     r"\w+: ((codes|zeros|ids|offsets|indices|weight) must be in 0 \.\.|scales must be finite|"
     r"indptr must rise|(nnz|blocks) must be the number|"
-    r"(mask must keep|weight must have nonzeros in) at most)"
+    r"(mask must keep|weight must have nonzeros in) at most|"
+    r"block_table must hold|(key|value)_committed must (be at most|be whole groups)|"
+    r"(key|value)_table must be finite|(lengths|counts|drop|begins) must be in 0 \.\.|"
+    r"(kept|targets) must rise|"
+    r"sources must be tokens|(the tail|pages) must have room)"
 )
 
 

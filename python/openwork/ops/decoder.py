@@ -124,9 +124,7 @@ def _decoder_layers_fake(
     shapes = ((width + 2 * kv_heads * head_dim, d), (d, width), (2 * ffn, d), (d, ffn))
     for i in range(layers):
         where = f"{op}: layer {i}"
-        got, max_len = check_cache(
-            where, keys[i], values[i], b, head_dim, head_dim, x.dtype
-        )
+        got, max_len = check_cache(where, keys[i], values[i], b, head_dim, head_dim, x.dtype)
         check_position(where, max_len, t, position)
         check(
             got == kv_heads,

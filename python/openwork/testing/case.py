@@ -117,4 +117,6 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
     """Results of an operator that returns one tensor, several, or nothing."""
     if isinstance(result, Tensor):
         return (result,)
+    if result is None:
+        return ()
     return tuple(item for item in result if item is not None)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..kv_format import KVFormat
 from ..kv_pages import KVPages
-from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
+from .case import EPS, TINY, OpCase, Reject, Sample
 from .kv_cache import FORMATS, History, dense
 
 Part = Literal["keys", "values"]

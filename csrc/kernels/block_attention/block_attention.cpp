@@ -1,0 +1,180 @@
+#include "kernels/block_attention/block_attention.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace ow {
+namespace {
+
+constexpr KernelEntry<const BlockAttentionKernels*> kTable[] = {
+#define OW_ROW(isa, key, max_m, kernels) {#kernels, Isa::isa, key, max_m, &kernels},
+    OW_BLOCK_ATTENTION_KERNELS(OW_ROW)
+#undef OW_ROW
+};
+
+// Scores of a head are summed in this many parts, each by one task in order of the queries: enough
+// to share the work of few heads, and sums do not depend on the number of threads.
+constexpr int64_t kScoreParts = 4;
+// Multiply-adds below which another thread costs more than it saves (about 4 us).
+constexpr int64_t kWorkPerTask = 1 << 17;
+
+// Tiles of a sequence: every block_m queries start a new one.
+int64_t block_rows(const BlockAttentionArgs& a) {
+  return a.blocks.indptr == nullptr ? kQueryTile : a.block_m;
+}
+int64_t tiles_in_block(const BlockAttentionArgs& a) { return div_up(block_rows(a), kQueryTile); }
+
+// Units of work: tiles [begin, end) of one head of a sequence.
+struct Part {
+  int64_t sequence, head, begin, end;
+};
+
+// All parts, in order of sequence, head, first tile.
+class Parts {
+ public:
+  explicit Parts(const BlockAttentionArgs& a) : a_(a) {}
+
+  template <class Visit>
+  void each(const Visit& visit) const {
+    for (int64_t s = 0; s < a_.sequence_count; ++s) {
+      const int64_t tiles = div_up(a_.sequences[s].queries, block_rows(a_)) * tiles_in_block(a_);
+      const int64_t parts = a_.score_rows == nullptr ? tiles : min_of(tiles, kScoreParts);
+      for (int64_t head = 0; head < a_.heads; ++head) {
+        for (int64_t i = 0; i < parts; ++i) {
+          visit(Part{s, head, tiles * i / parts, tiles * (i + 1) / parts});
+        }
+      }
+    }
+  }
+
+ private:
+  const BlockAttentionArgs& a_;
+};
+
+// Tile number `index` of a head; empty (count 0) where the last block of a sequence has fewer.
+QueryTile tile_of(const BlockAttentionArgs& a, const Part& part, int64_t index) {
+  QueryTile tile{};
+  tile.sequence = &a.sequences[part.sequence];
+  tile.head = part.head;
+  const int64_t block = index / tiles_in_block(a);
+  const int64_t in_block = index % tiles_in_block(a) * kQueryTile;
+  tile.first = block * block_rows(a) + in_block;
+  const int64_t rows = min_of(block_rows(a) - in_block, tile.sequence->queries - tile.first);
+  tile.count = rows > 0 ? min_of(rows, kQueryTile) : 0;
+  const int64_t head = part.head / (a.heads / a.index_heads);
+  const int64_t at = head * (a.index_rows + 1) + tile.sequence->index_row + block;
+  const auto list = [&](const KeyLists& lists) {
+    if (lists.indptr == nullptr) return KeyList{nullptr, nullptr};
+    return KeyList{lists.items + lists.indptr[at], lists.items + lists.indptr[at + 1]};
+  };
+  tile.blocks = list(a.blocks);
+  tile.columns = list(a.columns);
+  return tile;
+}
+
+// Keys that a tile reads, at most: what its time is proportional to.
+int64_t cost_of(const BlockAttentionArgs& a, const QueryTile& tile) {
+  if (tile.count == 0) return 0;
+  const AttentionMask& mask = a.mask;
+  const int64_t keys = tile.sequence->keys;
+  int64_t seen = keys;
+  if (mask.causal) {
+    seen = keys - tile.sequence->queries + tile.first + tile.count - mask.min_distance;
+    seen = seen < 0 ? 0 : min_of(seen, keys);
+    if (mask.window > 0) seen = min_of(seen, mask.window + mask.sinks + tile.count);
+  }
+  const int64_t listed =
+      (tile.blocks.end - tile.blocks.begin) * a.block_n + (tile.columns.end - tile.columns.begin);
+  return kUnitKeys + (a.blocks.indptr == nullptr ? seen : min_of(listed, seen));
+}
+
+int64_t cost_of(const BlockAttentionArgs& a, const Part& part) {
+  int64_t cost = 0;
+  for (int64_t i = part.begin; i < part.end; ++i) cost += cost_of(a, tile_of(a, part, i));
+  return cost;
+}
+
+int64_t all_units(const BlockAttentionArgs& a) {
+  const AttentionSequence& last = a.sequences[a.sequence_count - 1];
+  return (last.unit + div_up(last.keys, kUnitKeys)) * a.kv_heads;
+}
+
+bool any_score_row(const BlockAttentionArgs& a, const QueryTile& tile) {
+  const uint8_t* rows = a.score_rows + tile.sequence->row + tile.first;
+  return std::memchr(rows, 1, size_t(tile.count)) != nullptr;
+}
+
+void attend(const BlockAttentionArgs& a, const BlockAttentionKernels& kernels, const Part& part,
+            uint8_t* scratch, float* scores) {
+  if (scores != nullptr) {
+    std::memset(scores, 0, size_t(a.sequences[part.sequence].keys) * sizeof(float));
+  }
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    QueryTile tile = tile_of(a, part, i);
+    if (tile.count == 0) continue;
+    if (scores != nullptr && any_score_row(a, tile)) tile.scores = scores;
+    kernels.attend(a, tile, scratch);
+    float* lse = a.lse + (tile.sequence->row + tile.first) * a.heads + tile.head;
+    for (int64_t r = 0; r < tile.count; ++r) {
+      constexpr float kLn2 = 0.693147181f;
+      lse[r * a.heads] = tile.l[r] == 0.0f ? -INFINITY : (tile.m[r] + std::log2(tile.l[r])) * kLn2;
+    }
+  }
+}
+
+// Adds the parts of each head, in order.
+void sum_scores(const BlockAttentionArgs& a, const float* partial) {
+  Parts(a).each([&](const Part& part) {
+    const AttentionSequence& sequence = a.sequences[part.sequence];
+    float* scores = a.scores + sequence.scores + part.head * a.score_stride;
+    for (int64_t j = 0; j < sequence.keys; ++j) scores[j] += partial[j];
+    partial += sequence.keys;
+  });
+}
+
+}  // namespace
+
+BlockAttentionPlan plan_block_attention(const BlockAttentionArgs& args, Isa isa, int64_t threads) {
+  BlockAttentionPlan plan{};
+  plan.kernels = pick(kTable, isa, int32_t(args.type), kAnyM).fn;
+  plan.packed_unit_bytes = plan.kernels->packed_unit_bytes(args);
+  plan.packed_bytes = plan.packed_unit_bytes * all_units(args);
+  plan.scratch_bytes = round_up(plan.kernels->scratch_bytes(args), 64);
+  int64_t parts = 0;
+  int64_t cost = 0;
+  Parts(args).each([&](const Part& part) {
+    ++parts;
+    cost += cost_of(args, part);
+    if (args.score_rows != nullptr) {
+      plan.partial_score_count += args.sequences[part.sequence].keys;
+    }
+  });
+  const int64_t work = cost * kQueryTile * (args.d + args.dv);
+  plan.tasks = min_of(min_of(threads, parts), div_up(work, kWorkPerTask));
+  return plan;
+}
+
+void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& plan,
+                     uint8_t* scratch, float* partial_scores, const Parallel& parallel) {
+  const int64_t units = all_units(args);
+  parallel.for_each(plan.tasks, [&](int64_t task) {
+    plan.kernels->pack(args, units * task / plan.tasks, units * (task + 1) / plan.tasks);
+  });
+  int64_t total = 0;
+  Parts(args).each([&](const Part& part) { total += cost_of(args, part); });
+  // A part belongs to the task in whose share of the cost its first key is.
+  parallel.for_each(plan.tasks, [&](int64_t task) {
+    int64_t before = 0;
+    float* scores = partial_scores;
+    Parts(args).each([&](const Part& part) {
+      if (before * plan.tasks / total == task) {
+        attend(args, *plan.kernels, part, scratch + task * plan.scratch_bytes, scores);
+      }
+      before += cost_of(args, part);
+      if (scores != nullptr) scores += args.sequences[part.sequence].keys;
+    });
+  });
+  if (partial_scores != nullptr) sum_scores(args, partial_scores);
+}
+
+}  // namespace ow

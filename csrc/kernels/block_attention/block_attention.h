@@ -1,0 +1,146 @@
+// Attention of many queries, each block of which visits the keys that a list names:
+//
+//   o[i,h] = sum_j p_ij v[j,g]     p_ij = e^(s_ij - lse_ih)     s_ij = scale * q[i,h] . k[j,g]
+//   lse[i,h] = ln sum_j e^s_ij     c[h,j] = sum_i p_ij, over the rows i that were asked for
+//
+// with g = h / (heads / kv_heads), j over the keys that are both listed for i and visible to it.
+// Query i of a sequence is at position p = keys - queries + i. If `causal`, key j is visible where
+// j <= p - min_distance and, if there is a window, p - j < window or j < sinks. A row without a key
+// has o = 0 and lse = -inf.
+//
+// The index has a row of key blocks, and of single keys, for every block_m queries:
+//
+//   indptr [index_heads, rows + 1]    indices of head x and row r: indptr[x][r] .. indptr[x][r + 1]
+//   indices [..]                      block c is the keys c * block_n .. (c + 1) * block_n - 1
+//   column_indptr, columns            alike, of single keys; none inside a listed block
+//
+// How. Everything is a product of rows of numbers by a panel of kQueryTile queries: scores are keys
+// by queries, the output is dimensions by queries, and queries are the lanes of vectors:
+//
+//   s^T [keys, 64] = K [keys, d] * Q^T [d, 64]       o^T [dv, 64] += V^T [dv, keys] * p^T [keys,
+//   64]
+//
+// so that the maximum and the sum over keys need no exchange between lanes, and both products read
+// their left side along its rows. K and V^T are laid out once for each key head, in units of
+// kUnitKeys keys, and serve all of its query heads and blocks. Weights are e^(s - m), with m a
+// maximum of the row so far; m moves only when a score exceeds it by kSlack (in powers of two),
+// and the output is rescaled only then. Sums are fp32; the tiers for bf16 round weights to bf16.
+//
+// Column sums need the last lse: the weights of a tile are kept, times e^(m - lse) of their time.
+#pragma once
+
+#include "core/kernel_table.h"
+#include "core/parallel.h"
+#include "core/types.h"
+
+namespace ow {
+
+// Queries of a tile: four vectors of AVX-512, as many as let one load of a key serve.
+constexpr int64_t kQueryTile = 64;
+// Keys laid out together, at positions 32 u .. 32 u + 31: the depth of an AMX product.
+constexpr int64_t kUnitKeys = 32;
+
+// Where the element (token, head, 0) is, from a sequence's first token; in elements.
+struct TokenStrides {
+  int64_t token, head;
+};
+
+struct AttentionSequence {
+  int64_t queries, keys;
+  int64_t q, k, v;    // elements before its first token
+  int64_t row;        // first row of o, lse and score_rows
+  int64_t scores;     // elements before its first key's score of head 0
+  int64_t index_row;  // first row of the index
+  int64_t unit;       // units of kUnitKeys keys of the sequences before it, of one head
+};
+
+// Which of the keys at or before it a query sees.
+struct AttentionMask {
+  bool causal;
+  int64_t window, sinks, min_distance;
+};
+
+// Lists of one kind for all rows: of key blocks, or of single keys.
+struct KeyLists {
+  const int32_t* indptr;  // null: there is none
+  const int32_t* items;
+};
+
+struct BlockAttentionArgs {
+  int64_t heads, kv_heads, d, dv;
+  FloatType type;
+  float scale;
+  AttentionMask mask;
+  const AttentionSequence* sequences;
+  int64_t sequence_count;
+  const void* q;
+  const void* k;
+  const void* v;
+  TokenStrides q_strides, k_strides, v_strides;
+  // Without `blocks`: every key.
+  int64_t index_heads, index_rows, block_m, block_n;
+  KeyLists blocks, columns;
+  void* o;                    // [rows, heads, dv]
+  float* lse;                 // [rows, heads]
+  const uint8_t* score_rows;  // [rows]: which count in `scores`; null: none
+  float* scores;              // added to: c of a sequence's head h at scores + h * score_stride
+  int64_t score_stride;
+  uint8_t* packed;  // K and V^T: of each sequence, key head, unit
+  int64_t packed_unit_bytes;
+};
+
+struct KeyList {
+  const int32_t* begin;
+  const int32_t* end;
+};
+
+// Queries first .. first + count - 1 of a sequence, one head.
+struct QueryTile {
+  const AttentionSequence* sequence;
+  int64_t head, first, count;
+  KeyList blocks, columns;
+  float* scores;  // [keys], added to; null without
+  // Of each query: m, in powers of two, and the sum of e^(s - m), 0 where there is no key.
+  float m[kQueryTile];
+  float l[kQueryTile];
+};
+
+struct BlockAttentionKernels {
+  // Bytes of a unit's keys and values, and of the memory of one thread.
+  int64_t (*packed_unit_bytes)(const BlockAttentionArgs&);
+  int64_t (*scratch_bytes)(const BlockAttentionArgs&);
+  // Lays out units [begin, end), in order of sequence, key head, unit.
+  void (*pack)(const BlockAttentionArgs&, int64_t begin, int64_t end);
+  // o, m and l of a tile.
+  void (*attend)(const BlockAttentionArgs&, QueryTile&, uint8_t* scratch);
+};
+
+#define OW_BLOCK_ATTENTION_EACH_TYPE(X, isa, kernels) \
+  X(isa, int32_t(FloatType::f32), kAnyM, kernels)     \
+  X(isa, int32_t(FloatType::bf16), kAnyM, kernels)    \
+  X(isa, int32_t(FloatType::f16), kAnyM, kernels)
+
+#define OW_BLOCK_ATTENTION_KERNELS(X)                                           \
+  OW_IF_AVX512(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx512, block_attention_avx512)) \
+  OW_IF_AVX2(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx2, block_attention_avx2))       \
+  OW_BLOCK_ATTENTION_EACH_TYPE(X, scalar, block_attention_scalar)
+
+#define OW_DECLARE(isa, key, max_m, kernels) extern const BlockAttentionKernels kernels;
+OW_BLOCK_ATTENTION_KERNELS(OW_DECLARE)
+#undef OW_DECLARE
+
+// What a call needs besides its arguments.
+struct BlockAttentionPlan {
+  const BlockAttentionKernels* kernels;
+  int64_t tasks;
+  int64_t packed_unit_bytes, packed_bytes;
+  int64_t scratch_bytes;        // of one task
+  int64_t partial_score_count;  // floats
+};
+BlockAttentionPlan plan_block_attention(const BlockAttentionArgs& args, Isa isa, int64_t threads);
+
+// `scratch` has tasks * scratch_bytes, aligned to 64.
+void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& plan,
+                     uint8_t* scratch, float* partial_scores, const Parallel& parallel);
+
+}  // namespace ow

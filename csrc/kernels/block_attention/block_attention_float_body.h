@@ -1,0 +1,131 @@
+// The Engine of fp32 arithmetic: operands of any type, laid out as floats.
+#pragma once
+
+#include "kernels/block_attention/block_attention_body.h"
+
+namespace ow::OW_TARGET {
+namespace {
+
+template <class Function>
+OW_INLINE void by_type(FloatType type, const void* p, const Function& function) {
+  switch (type) {
+    case FloatType::f32: return function(static_cast<const float*>(p));
+    case FloatType::bf16: return function(static_cast<const bf16*>(p));
+    case FloatType::f16: return function(static_cast<const f16*>(p));
+  }
+}
+
+struct FloatEngine {
+  using Element = float;
+  static constexpr int64_t kPair = 1;
+  static constexpr int64_t kDepth = 1;
+  static constexpr int64_t kTileUnits = 4;  // 32 KiB of scores
+  // Vectors of queries and rows of the left side whose sums are in registers.
+  static constexpr int kVectors = kLanes == 16 ? 4 : 2;
+  static constexpr int kRows = 6;
+
+  // kLanes rows from row `first` on, dimensions c .. c + kLanes - 1; zeros outside.
+  OW_INLINE void load_square(const void* const* rows, int64_t count, FloatType type, int64_t c,
+                             int64_t d, VecF (&square)[kLanes]) {
+    for (int64_t r = 0; r < kLanes; ++r) {
+      square[r] = set1(0.0f);
+      if (r >= count || c >= d) continue;
+      by_type(type, rows[r], [&](const auto* row) { square[r] = load_n(row + c, d - c); });
+    }
+  }
+
+  static void pack_queries(const void* const* rows, int64_t count, FloatType type, int64_t d,
+                           int64_t, bool negative, float* out) {
+    for (int64_t c = 0; c < d; c += kLanes) {
+      VecF square[kLanes];
+      load_square(rows, count, type, c, d, square);
+      transpose(square);
+      for (int64_t r = 0; r < min_of(kLanes, d - c); ++r) {
+        store(out + (c + r) * kQueryTile, negative ? sub(set1(0.0f), square[r]) : square[r]);
+      }
+    }
+  }
+
+  static void copy_row(const void* from, FloatType type, int64_t d, int64_t, float* to) {
+    by_type(type, from, [&](const auto* row) {
+      for (int64_t c = 0; c < d; c += kLanes) store_n(to + c, load_n(row + c, d - c), d - c);
+    });
+  }
+
+  static void transpose_values(const void* const* rows, int64_t count, FloatType type, int64_t dv,
+                               int64_t padded, float* out) {
+    for (int64_t j = 0; j < kUnitKeys; j += kLanes) {
+      for (int64_t c = 0; c < padded; c += kLanes) {
+        VecF square[kLanes];
+        load_square(rows + j, count - j, type, c, dv, square);
+        transpose(square);
+        for (int64_t r = 0; r < kLanes; ++r) store(out + (c + r) * kUnitKeys + j, square[r]);
+      }
+    }
+  }
+
+  OW_INLINE VecF exp2(VecF x) { return exp2_(x); }
+
+  OW_INLINE void store_weights(float* weights, int64_t j, int64_t i, VecF even, VecF odd) {
+    store(weights + j * kQueryTile + i, even);
+    store(weights + (j + 1) * kQueryTile + i, odd);
+  }
+  OW_INLINE void load_weights(const float* weights, int64_t j, int64_t i, VecF* even, VecF* odd) {
+    *even = load(weights + j * kQueryTile + i);
+    *odd = load(weights + (j + 1) * kQueryTile + i);
+  }
+
+  template <int kR, int kV>
+  static void multiply_rows(const Product<float>& p, int64_t row, int64_t lane) {
+    float* c = p.c + row * kQueryTile + lane;
+    VecF sums[kR][kV];
+    for (int r = 0; r < kR; ++r) {
+      for (int v = 0; v < kV; ++v) {
+        sums[r][v] = p.add ? load(c + r * kQueryTile + v * kLanes) : set1(0.0f);
+      }
+    }
+    const float* b = p.b + lane;
+    for (int64_t s = 0; s < p.segments; ++s) {
+      const float* a = p.a[s] + row * p.row_stride;
+      for (int64_t i = 0; i < p.depth; ++i, b += kQueryTile) {
+        VecF columns[kV];
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kR; ++r) {
+          const VecF left = set1(a[r * p.row_stride + i]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kV; ++v) sums[r][v] = fma(left, columns[v], sums[r][v]);
+        }
+      }
+    }
+    for (int r = 0; r < kR; ++r) {
+      for (int v = 0; v < kV; ++v) store(c + r * kQueryTile + v * kLanes, sums[r][v]);
+    }
+  }
+
+  template <int kV>
+  static void multiply_lanes(const Product<float>& p, int64_t lane) {
+    int64_t row = 0;
+    for (; row + kRows <= p.rows; row += kRows) multiply_rows<kRows, kV>(p, row, lane);
+    // 32 keys, or dimensions in multiples of 16: an even number is left.
+    if (p.rows - row == 4) multiply_rows<4, kV>(p, row, lane);
+    if (p.rows - row == 2) multiply_rows<2, kV>(p, row, lane);
+  }
+
+  static void multiply(const Product<float>& p) {
+    constexpr int64_t kStep = kVectors * kLanes;
+    int64_t lane = 0;
+    for (; lane + kStep <= p.queries; lane += kStep) multiply_lanes<kVectors>(p, lane);
+    if constexpr (kStep > 16) {
+      switch (p.queries - lane) {
+        case 16: return multiply_lanes<1>(p, lane);
+        case 32: return multiply_lanes<2>(p, lane);
+        case 48: return multiply_lanes<3>(p, lane);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ow::OW_TARGET

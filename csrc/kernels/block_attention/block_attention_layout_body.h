@@ -1,0 +1,119 @@
+// Where K, V^T and a thread's memory are, and how keys and values are laid out.
+#pragma once
+
+#include "kernels/block_attention/block_attention_walk_body.h"
+
+namespace ow::OW_TARGET {
+namespace {
+
+template <class E>
+struct Layout {
+  int64_t d, dv;  // padded
+
+  explicit Layout(const BlockAttentionArgs& a)
+      : d(round_up(a.d, E::kDepth)), dv(round_up(a.dv, 16)) {}
+
+  int64_t key_elements() const { return kUnitKeys * d; }
+  int64_t value_elements() const { return dv * kUnitKeys; }
+  int64_t unit_bytes() const {
+    return (key_elements() + value_elements()) * int64_t(sizeof(typename E::Element));
+  }
+};
+
+// The memory of one thread. Scores and weights share theirs where elements are floats; where column
+// sums are asked for, those of each tile of keys have a place of their own.
+template <class E>
+struct Memory {
+  using Element = typename E::Element;
+  static constexpr int64_t kTileKeys = E::kTileUnits * kUnitKeys;
+  static constexpr bool kSharesScores = sizeof(Element) == sizeof(float);
+
+  Element* q;         // Q^T
+  float* o;           // o^T [dv, 64]
+  float* scores;      // [keys of a tile, 64]
+  Element* weights;   // of each tile
+  Unit* units;        // of each tile
+  float* maxima;      // m of each tile of keys: [64]
+  Element* gathered;  // units of single keys
+  int64_t tiles;
+  int64_t bytes;
+
+  Memory(const BlockAttentionArgs& a, uint8_t* base) {
+    const Layout<E> layout(a);
+    tiles = 1;
+    if (a.score_rows != nullptr) {
+      int64_t keys = 0;
+      for (int64_t s = 0; s < a.sequence_count; ++s) {
+        if (a.sequences[s].keys > keys) keys = a.sequences[s].keys;
+      }
+      // Blocks may begin and end inside of units, and so may the two ranges seen: at worst every
+      // block of 16 keys takes a unit.
+      tiles = div_up(2 * div_up(keys, kUnitKeys) + 4, E::kTileUnits);
+    }
+    uint8_t* next = base;
+    const auto take = [&](int64_t size) {
+      uint8_t* piece = next;
+      next += round_up(size, 64);
+      return piece;
+    };
+    q = reinterpret_cast<Element*>(take(layout.d * kQueryTile * int64_t(sizeof(Element))));
+    o = reinterpret_cast<float*>(take(layout.dv * kQueryTile * 4));
+    weights =
+        reinterpret_cast<Element*>(take(tiles * kTileKeys * kQueryTile * int64_t(sizeof(Element))));
+    scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kTileKeys * kQueryTile * 4));
+    units = reinterpret_cast<Unit*>(take(tiles * E::kTileUnits * int64_t(sizeof(Unit))));
+    maxima = reinterpret_cast<float*>(take(tiles * kQueryTile * 4));
+    gathered = reinterpret_cast<Element*>(
+        take(a.columns.indptr == nullptr ? 0 : E::kTileUnits * layout.unit_bytes()));
+    bytes = next - base;
+  }
+};
+
+// Element (head, token) of keys or values of `sequence`, in bytes.
+OW_INLINE const uint8_t* row_at(const void* base, FloatType type, int64_t sequence,
+                                const TokenStrides& strides, int64_t token, int64_t head) {
+  return static_cast<const uint8_t*>(base) +
+         (sequence + token * strides.token + head * strides.head) * float_size(type);
+}
+
+// Keys and values of one unit, given where each key's rows are; keys from `count` on are zeros.
+template <class E>
+void pack_unit(const BlockAttentionArgs& a, const void* const* keys, const void* const* values,
+               int64_t count, typename E::Element* out) {
+  const Layout<E> layout(a);
+  for (int64_t j = 0; j < kUnitKeys; ++j) {
+    typename E::Element* row = out + j * layout.d;
+    if (j < count) {
+      E::copy_row(keys[j], a.type, a.d, layout.d, row);
+    } else {
+      memset(row, 0, size_t(layout.d) * sizeof(*row));
+    }
+  }
+  E::transpose_values(values, count, a.type, a.dv, layout.dv, out + layout.key_elements());
+}
+
+template <class E>
+void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
+  int64_t at = 0;
+  for (int64_t s = 0; s < a.sequence_count; ++s) {
+    const AttentionSequence& sequence = a.sequences[s];
+    const int64_t units = div_up(sequence.keys, kUnitKeys);
+    for (int64_t i = 0; i < units * a.kv_heads; ++i, ++at) {
+      if (at < begin || at >= end) continue;
+      const int64_t head = i / units;
+      const int64_t key = i % units * kUnitKeys;
+      const int64_t count = min_of(sequence.keys - key, kUnitKeys);
+      const void* keys[kUnitKeys];
+      const void* values[kUnitKeys];
+      for (int64_t j = 0; j < count; ++j) {
+        keys[j] = row_at(a.k, a.type, sequence.k, a.k_strides, key + j, head);
+        values[j] = row_at(a.v, a.type, sequence.v, a.v_strides, key + j, head);
+      }
+      pack_unit<E>(a, keys, values, count,
+                   reinterpret_cast<typename E::Element*>(a.packed + at * a.packed_unit_bytes));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ow::OW_TARGET
