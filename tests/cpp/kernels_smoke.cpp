@@ -51,6 +51,7 @@ int main() {
   check_quantize(&memory);
   check_activations(&memory);
   check_decode_attention(&memory);
+  check_block_attention(&memory);
   check_sparse_gemm(&memory);
   check_block_sparse_gemm(&memory);
   check_active_gemv(&memory);

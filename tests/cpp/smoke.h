@@ -96,6 +96,7 @@ void check_nm_gemm(Guarded* memory);
 void check_quantize(Guarded* memory);
 void check_activations(Guarded* memory);
 void check_decode_attention(Guarded* memory);
+void check_block_attention(Guarded* memory);
 void check_sparse_gemm(Guarded* memory);
 void check_block_sparse_gemm(Guarded* memory);
 void check_active_gemv(Guarded* memory);

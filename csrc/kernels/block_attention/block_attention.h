@@ -120,9 +120,12 @@ struct BlockAttentionKernels {
   X(isa, int32_t(FloatType::bf16), kAnyM, kernels)    \
   X(isa, int32_t(FloatType::f16), kAnyM, kernels)
 
-#define OW_BLOCK_ATTENTION_KERNELS(X)                                           \
-  OW_IF_AVX512(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx512, block_attention_avx512)) \
-  OW_IF_AVX2(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx2, block_attention_avx2))       \
+#define OW_BLOCK_ATTENTION_KERNELS(X)                                                            \
+  OW_IF_AVX512AMX(X(avx512amx, int32_t(FloatType::bf16), kAnyM, block_attention_bf16_avx512amx)) \
+  OW_IF_AVX512BF16(                                                                              \
+      X(avx512bf16, int32_t(FloatType::bf16), kAnyM, block_attention_bf16_avx512bf16))           \
+  OW_IF_AVX512(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx512, block_attention_avx512))                  \
+  OW_IF_AVX2(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx2, block_attention_avx2))                        \
   OW_BLOCK_ATTENTION_EACH_TYPE(X, scalar, block_attention_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const BlockAttentionKernels kernels;

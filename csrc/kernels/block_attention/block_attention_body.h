@@ -10,6 +10,7 @@
 //   exp2                2^x for x <= kSlack, 0 at -inf
 //   store_weights       of keys j and j + 1, kLanes queries
 //   load_weights        the same, as floats
+//   write_outputs       kLanes queries' lanes of o^T to their rows, times 1 / l
 //   multiply            c [rows, 64] (+)= sum_s a_s [rows, depth] * b_s [depth, 64]
 #pragma once
 
@@ -71,7 +72,7 @@ class Attend {
 
   void run() {
     pack_queries();
-    memset(memory_.o, 0, size_t(layout_.dv * kQueryTile) * 4);
+    fetch_rows();
     for (int64_t i = 0; i < kQueryTile; ++i) m_[i] = kLowest;
     for (int64_t i = 0; i < kQueryTile; ++i) l_[i] = 0.0f;
     Walk walk(a_, tile_, sight_);
@@ -86,11 +87,13 @@ class Attend {
       while (count_ < E::kTileUnits && walk.next(units_ + count_)) ++count_;
       if (count_ == 0) break;
       multiply_keys();
+      first_ = tiles == 0;
       for (int64_t i = 0; i < queries_; i += kLanes) soften(i);
       if (keep) memcpy(memory_.maxima + slot * kQueryTile, m_, sizeof(m_));
       multiply_values();
       last_count_ = count_;
     }
+    if (tiles == 0) memset(memory_.o, 0, size_t(layout_.dv * kQueryTile) * 4);
     finish();
     if (keep) sum_columns(tiles);
   }
@@ -104,6 +107,27 @@ class Attend {
     for (int64_t i = 0; i < queries_; i += kLanes) {
       E::pack_queries(rows + i, min_of(tile_.count - i, kLanes), a_.type, a_.d, layout_.d,
                       a_.scale < 0.0f, memory_.q + i * E::kPair);
+    }
+  }
+
+  uint8_t* output_at(int64_t i) const {
+    const int64_t row = tile_.sequence->row + tile_.first + i;
+    return static_cast<uint8_t*>(a_.o) +
+           (row * a_.heads + tile_.head) * a_.dv * float_size(a_.type);
+  }
+
+  // The output's rows, and the next tile's queries: 64 of each, some pages apart, are too few for
+  // the processor to guess.
+  void fetch_rows() const {
+    const int64_t bytes = a_.dv * float_size(a_.type);
+    for (int64_t i = 0; i < tile_.count; ++i) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(output_at(i) + at, 1, 2);
+    }
+    const int64_t next = tile_.first + tile_.count;
+    const int64_t size = a_.d * float_size(a_.type);
+    for (int64_t i = next; i < min_of(next + kQueryTile, tile_.sequence->queries); ++i) {
+      const uint8_t* row = row_at(a_.q, a_.type, tile_.sequence->q, a_.q_strides, i, tile_.head);
+      for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(row + at, 0, 2);
     }
   }
 
@@ -162,7 +186,7 @@ class Attend {
       m = max_(m, top);
       const VecF factor = E::exp2(sub(before, m));
       l = mul(l, factor);
-      for (int64_t c = 0; c < layout_.dv; ++c) {
+      for (int64_t c = first_ ? layout_.dv : 0; c < layout_.dv; ++c) {
         float* o = memory_.o + c * kQueryTile + i;
         store(o, mul(load(o), factor));
       }
@@ -188,26 +212,9 @@ class Attend {
     product.row_stride = product.depth = kUnitKeys;
     product.b = weights_;
     product.c = memory_.o;
-    product.add = true;
+    product.add = !first_;
     product.queries = queries_;
     E::multiply(product);
-  }
-
-  template <class T>
-  void write(T* out) const {
-    for (int64_t i = 0; i < tile_.count; i += kLanes) {
-      for (int64_t c = 0; c < a_.dv; c += kLanes) {
-        VecF rows[kLanes];
-        const VecF inverse = load(inverse_ + i);
-        for (int64_t r = 0; r < kLanes; ++r) {
-          rows[r] = mul(load(memory_.o + (c + r) * kQueryTile + i), inverse);
-        }
-        transpose(rows);
-        for (int64_t r = 0; r < min_of(kLanes, tile_.count - i); ++r) {
-          store_n(out + (i + r) * a_.heads * a_.dv + c, rows[r], a_.dv - c);
-        }
-      }
-    }
   }
 
   void finish() {
@@ -216,11 +223,9 @@ class Attend {
     }
     memcpy(tile_.m, m_, sizeof(m_));
     memcpy(tile_.l, l_, sizeof(l_));
-    const int64_t at = ((tile_.sequence->row + tile_.first) * a_.heads + tile_.head) * a_.dv;
-    switch (a_.type) {
-      case FloatType::f32: return write(static_cast<float*>(a_.o) + at);
-      case FloatType::bf16: return write(static_cast<bf16*>(a_.o) + at);
-      case FloatType::f16: return write(static_cast<f16*>(a_.o) + at);
+    for (int64_t i = 0; i < tile_.count; i += kLanes) {
+      E::write_outputs(memory_.o + i, load(inverse_ + i), min_of(tile_.count - i, kLanes), a_.type,
+                       a_.dv, output_at(i), a_.heads * a_.dv);
     }
   }
 
@@ -270,6 +275,7 @@ class Attend {
   float* scores_ = nullptr;
   Element* weights_ = nullptr;
   int64_t count_ = 0, last_count_ = 0;
+  bool first_ = true;
   const Element* operands_[kMaxTileUnits];
   alignas(64) float m_[kQueryTile];
   alignas(64) float l_[kQueryTile];

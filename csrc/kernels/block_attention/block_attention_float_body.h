@@ -14,6 +14,14 @@ OW_INLINE void by_type(FloatType type, const void* p, const Function& function) 
     case FloatType::f16: return function(static_cast<const f16*>(p));
   }
 }
+template <class Function>
+OW_INLINE void by_type(FloatType type, void* p, const Function& function) {
+  switch (type) {
+    case FloatType::f32: return function(static_cast<float*>(p));
+    case FloatType::bf16: return function(static_cast<bf16*>(p));
+    case FloatType::f16: return function(static_cast<f16*>(p));
+  }
+}
 
 struct FloatEngine {
   using Element = float;
@@ -62,6 +70,24 @@ struct FloatEngine {
         for (int64_t r = 0; r < kLanes; ++r) store(out + (c + r) * kUnitKeys + j, square[r]);
       }
     }
+  }
+
+  template <class T>
+  static void write_rows(const float* o, VecF inverse, int64_t count, int64_t dv, T* out,
+                         int64_t stride) {
+    for (int64_t c = 0; c < dv; c += kLanes) {
+      VecF rows[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) rows[r] = mul(load(o + (c + r) * kQueryTile), inverse);
+      transpose(rows);
+      for (int64_t r = 0; r < min_of(kLanes, count); ++r) {
+        store_n(out + r * stride + c, rows[r], dv - c);
+      }
+    }
+  }
+  static void write_outputs(const float* o, VecF inverse, int64_t count, FloatType type, int64_t dv,
+                            uint8_t* out, int64_t stride) {
+    by_type(type, static_cast<void*>(out),
+            [&](auto* row) { write_rows(o, inverse, count, dv, row, stride); });
   }
 
   OW_INLINE VecF exp2(VecF x) { return exp2_(x); }

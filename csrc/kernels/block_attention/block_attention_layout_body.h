@@ -61,7 +61,8 @@ struct Memory {
     weights =
         reinterpret_cast<Element*>(take(tiles * kTileKeys * kQueryTile * int64_t(sizeof(Element))));
     scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kTileKeys * kQueryTile * 4));
-    units = reinterpret_cast<Unit*>(take(tiles * E::kTileUnits * int64_t(sizeof(Unit))));
+    // One tile more: at the end the walk looks for a unit that is not there.
+    units = reinterpret_cast<Unit*>(take((tiles + 1) * E::kTileUnits * int64_t(sizeof(Unit))));
     maxima = reinterpret_cast<float*>(take(tiles * kQueryTile * 4));
     gathered = reinterpret_cast<Element*>(
         take(a.columns.indptr == nullptr ? 0 : E::kTileUnits * layout.unit_bytes()));
