@@ -19,6 +19,8 @@ from rich.console import Console
 
 from bench import roofline
 from bench.competitors import COMPETITORS
+from bench.index_cases import CASES as INDEX_CASES
+from bench.index_cases import ESTIMATORS, IndexProblem
 from bench.machine import Peaks, ReadStream
 from bench.problem import (
     AttentionProblem,
@@ -87,7 +89,7 @@ def items(pattern: str, threads: int) -> Iterator[Item]:
     A pattern is one or more words; each must match the operator's name or a ``key=value`` of the
     workload, with shell wildcards: ``"lowbit_linear m=1 bits=[34]"``. An empty one selects all.
     """
-    for case in CASES:
+    for case in (*CASES, *INDEX_CASES):
         if case.cost is None:
             continue
         for workload in case.workloads:
@@ -120,7 +122,7 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-AnyProblem = Problem | AttentionProblem | ProductProblem
+AnyProblem = Problem | AttentionProblem | ProductProblem | IndexProblem
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
     "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
@@ -128,6 +130,9 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "block_sparse_linear": (SparseProblem, ("m", "n", "k", "density", "block")),
     "active_linear": (ColumnProblem, ("m", "n", "k", "format", "group_size")),
     "decode_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
+    **dict.fromkeys(
+        ESTIMATORS, (IndexProblem, ("estimator", "h", "kv_heads", "d", "keys", "dtype"))
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from bench.competitors import (
     torch_int8_dynamic,
     torch_sdpa,
 )
+from bench.index_cases import ESTIMATORS, STEERED
 from bench.problem import Competitor
 
 # Operator -> its competitors, in the order of result files and tables.
@@ -29,5 +30,6 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
     "decode_attention": (torch_sdpa.SDPA,),
     "sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
     "block_sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
+    **dict.fromkeys(ESTIMATORS, (STEERED,)),
     "active_linear": (openwork_dense.DENSE, torch_dense.FP32, torch_dense.BF16),
 }

@@ -170,7 +170,7 @@ def test_flexprefill_covers_gamma_of_the_measured_queries() -> None:
     for tau in (0.0, 0.9):  # no head is query-aware, most are
         listed: list[Tensor] = []
         for gamma in (0.3, 0.6, 0.9, 0.99, 1.0):
-            index = flexprefill_index(q, k, gamma, tau=tau, min_budget=16, **SMALL)
+            index = flexprefill_index(q, k, gamma, tau=tau, probes=16, min_budget=16, **SMALL)
             (mass,) = covered(index, [weights])
             assert (mass[:, -16:].mean(1) >= gamma - 1e-5).all()  # what fp32 measures
             listed.append(index.to_mask([200], [230])[0])

@@ -20,6 +20,7 @@ def flexprefill_index(
     gamma: float = 0.9,
     *,
     tau: float = 0.1,
+    probes: int = 64,
     min_budget: int = 512,
     max_budget: int | None = None,
     scale: float | None = None,
@@ -30,7 +31,7 @@ def flexprefill_index(
 ) -> BlockIndex:
     """As many blocks as it takes to cover a share ``gamma`` of the attention.
 
-    The last ``block_m`` queries are measured exactly: ``a``, their mean attention to each block of
+    The last ``probes`` queries are measured exactly: ``a``, their mean attention to each block of
     keys. Means of blocks estimate the same: ``a_mean = softmax(scale * q_mean . k_mean)``. Where
     the two agree, ``sqrt(JSD(a_mean || a)) < tau``, the head is *query-aware*: of the estimated
     attention of all rows the fewest blocks that hold ``gamma`` of it are listed. Else it is
@@ -47,6 +48,7 @@ def flexprefill_index(
         k: ``[b, sk, kv_heads, d]``, dtype of q.
         gamma: attention to cover, 0 .. 1.
         tau: largest distance of a query-aware head's estimate, 0 .. sqrt(ln 2); 0 for none.
+        probes: queries to measure; the paper takes a whole block, of 128.
         min_budget: keys of columns, and of diagonals, to list at least.
         max_budget: keys of columns, and of diagonals, to list at most, which then limits coverage.
         scale: of the scores; None: ``1 / sqrt(d)``.
@@ -56,7 +58,7 @@ def flexprefill_index(
         block_n: keys of a block.
 
     Returns:
-        An index of ``heads`` heads. Costs ``2 * block_m * sk * d`` operations a head.
+        An index of ``heads`` heads. Costs ``2 * probes * sk * d`` operations a head.
 
     Raises:
         ValueError: a wrong dtype or shape, or gamma out of range.
@@ -77,12 +79,12 @@ def flexprefill_index(
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     blocks = Blocks.of(q, k, cu_seqlens_q, cu_seqlens_k, block_m, block_n)
     columns, diagonals = line_scores(
-        q, k, probes=block_m, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+        q, k, probes=probes, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
     )
     columns, diagonals = pool(columns, block_n), pool(diagonals, block_n)
     inside = pool(blocks.inside().float(), block_n) > 0  # [sequences, blocks of keys]
     k_means = block_means(k, block_n, cu_seqlens=cu_seqlens_k)
-    mean_scores = block_products(last_means(q, blocks), k_means, scale)[:, :, 0]
+    mean_scores = block_products(last_means(q, blocks, probes), k_means, scale)[:, :, 0]
     estimate = mean_scores.masked_fill(~inside[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
     query_aware = jensen_shannon(estimate, normalized(columns)).sqrt() < tau
 
@@ -103,7 +105,7 @@ def flexprefill_index(
     weights = weights.masked_fill_(~visible, -math.inf).flatten(2)
     best = cover(weights, gamma).view(marks.shape)
     marks |= best & query_aware[:, :, None, None]
-    measured = last >= (blocks.k_lengths - block_m)[:, None]  # rows that hold a measured query
+    measured = last >= (blocks.k_lengths - probes)[:, None]  # rows that hold a measured query
     if max_budget is None:
         marks |= covering[:, :, None] & measured[:, None, :, None]
     return block_index(
@@ -155,13 +157,13 @@ def cover(mass: Tensor, gamma: float) -> Tensor:
     )
 
 
-def last_means(q: Tensor, blocks: Blocks) -> Tensor:
-    """Means of each sequence's last ``block_m`` queries: ``[sequences, heads, 1, d]`` float32."""
+def last_means(q: Tensor, blocks: Blocks, count: int) -> Tensor:
+    """Means of each sequence's last ``count`` queries: ``[sequences, heads, 1, d]`` float32."""
     sequences = len(blocks.q_lengths)
     if q.shape[1] == 0 or sequences == 0:
         return torch.zeros(sequences, q.shape[2], 1, q.shape[3])
     begins, ends = blocks.cu_seqlens_q[:-1, None].long(), blocks.cu_seqlens_q[1:, None].long()
-    place = ends - torch.arange(blocks.block_m, 0, -1)
+    place = ends - torch.arange(count, 0, -1)
     there = place >= begins
     row = torch.arange(sequences)[:, None] if q.shape[0] > 1 else torch.zeros(1, 1).long()
     last = q[row, (place - row * q.shape[1]).clamp(min=0)].float()
