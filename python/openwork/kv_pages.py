@@ -189,12 +189,13 @@ class KVPages:
         tails = [t for t in (self.keys.tail, self.values.tail) if t is not None]
         return self.allocated_pages * self.page_bytes + sum(t.nbytes for t in tails)
 
-    def reserve(self, tokens: int, op: str = "KVPages") -> None:
+    def reserve(self, tokens: int, op: str = "KVPages", counts: Tensor | None = None) -> None:
         """Make sure that every row has pages for ``tokens`` more tokens, as operators expect.
 
         Args:
-            tokens: to be appended to each row, at most.
+            tokens: to be appended to each row.
             op: who asks, for messages.
+            counts: ``[b]`` int32: of each sequence, if not ``tokens``; at most as many.
 
         Raises:
             ValueError: rows longer than ``max_tokens``, too few free pages, or damaged tables.
@@ -210,9 +211,13 @@ class KVPages:
                 f"{op}: lengths must be in 0 .. {self.max_tokens} (max_pages * page_size), got "
                 f"{end}",
             )
+        added = np.full(len(length), tokens)
+        if counts is not None and counts.shape == self.lengths.shape[:1]:
+            added = np.repeat(counts.numpy().clip(0, tokens), self.lengths.shape[1])
+        end = int((length + added).max(initial=0))
         check(
-            end + tokens <= self.max_tokens,
-            f"{op}: pages must have room for {end + tokens} tokens, got max_pages * page_size = "
+            end <= self.max_tokens,
+            f"{op}: pages must have room for {end} tokens, got max_pages * page_size = "
             f"{self.max_tokens}",
         )
         # Never fewer pages than there are: dropping some is the work of trim.
@@ -220,14 +225,14 @@ class KVPages:
         held = np.maximum(*(committed for _, committed in sides))
         short = int((-(-held // self.page_size) - pages).max(initial=0))
         check(short <= 0, f"{op}: block_table must hold pages for its tokens, got {short} too few")
-        after = np.maximum(*(fmt.committed_at(held, length + tokens) for fmt, held in sides))
+        after = np.maximum(*(fmt.committed_at(held, length + added) for fmt, held in sides))
         wanted = np.maximum(-(-after // self.page_size), pages)
         self._resize(op, wanted)
         if self.allocator.shared_pages:
             self._unshare(np.minimum(*(committed for _, committed in sides)))
         places = wanted * self.page_size
-        rooms = [fmt.room(held, length, places).min(initial=tokens) for fmt, held in sides]
-        self._room.tokens = int(min(rooms)) - tokens
+        room = np.minimum(*(fmt.room(held, length, places) for fmt, held in sides)) - added
+        self._room.tokens = int(room.min()) if room.size else 0
 
     def own(self, dropped: int) -> None:
         """Give every row pages of its own from where it would end without ``dropped`` tokens."""
@@ -259,6 +264,9 @@ class KVPages:
             not bool(self.lengths[target].any()),
             f"KVPages: sequence {target} must be empty to share {source}, got tokens",
         )
+        pages = self._pages_of_rows().reshape(self.lengths.shape)
+        pages[target] = 0
+        self._resize("KVPages", pages.reshape(-1))
         table = self.block_table[source].contiguous().view(-1).numpy()
         self.allocator.hold(np.ascontiguousarray(table[table >= 0]))
         sides = (self.keys.committed, self.keys.tail, self.values.committed, self.values.tail)

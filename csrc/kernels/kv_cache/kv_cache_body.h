@@ -163,7 +163,8 @@ void bound_any(const KVPages& p, int64_t r, int64_t first, int64_t end) {
 }
 
 // Queries that share a pass over the bounds, and so their loads: with a sum for each of the two
-// products, enough chains to hide the latency of a multiply-add.
+// products, enough chains to hide the latency of a multiply-add. (Dot products of bf16 took a tenth
+// longer on Granite Rapids.)
 constexpr int64_t kScoreQueries = 4;
 
 // sum_c max(q min, q max) of kQueries queries from `first` on.

@@ -62,7 +62,8 @@ struct Grid {
 template <class T>
 OW_INLINE Grid store_grid(const Range& range, float steps, T* scale, T* min) {
   const T step = rounded<T>((range.high - range.low) / steps, true);
-  from_float(range.low, min);
+  // Not -0: tiers find it in groups of other sizes.
+  from_float(range.low + 0.0f, min);
   if (range.magnitude >= kInfinity ||
       (float_to_bits(ow::to_float(step)) & kInfinity) == kInfinity) {
     from_float(0.0f, scale);

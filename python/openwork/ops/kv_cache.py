@@ -58,7 +58,7 @@ def kv_append(
         ([[40, 40]], [[32, 32]], 2)
     """
     if keys.dim() == 4:
-        pages.reserve(keys.shape[1], "kv_append")
+        pages.reserve(keys.shape[1], "kv_append", counts)
     _kv_append(keys, values, counts, positions, commit, pages.tensors, pages.format)
 
 
