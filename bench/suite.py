@@ -128,6 +128,7 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "block_sparse_linear": (SparseProblem, ("m", "n", "k", "density", "block")),
     "active_linear": (ColumnProblem, ("m", "n", "k", "format", "group_size")),
     "decode_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
+    "paged_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
 }
 
 
