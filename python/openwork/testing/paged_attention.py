@@ -24,7 +24,7 @@ def codes_of(codes: Tensor, bits: int) -> Tensor:
 
     ``codes`` is ``[pages, panels, k_blocks, 2 halves, lines, 16 n, 4 bytes]``.
     """
-    pages, panels = codes.shape[:2]
+    pages, panels, blocks = codes.shape[:3]
     wide = codes.long()
     subs = []  # 4 consecutive k of every n each
     if bits == 3:
@@ -38,7 +38,7 @@ def codes_of(codes: Tensor, bits: int) -> Tensor:
             line, place = divmod(sub * bits, 8)
             subs.append(wide[:, :, :, :, line] >> place & 2**bits - 1)
     unpacked = torch.stack(subs, 5)  # pages, panels, blocks, halves, n, sub, byte
-    return unpacked.permute(0, 1, 3, 4, 2, 5, 6).reshape(pages, panels * 32, -1)
+    return unpacked.permute(0, 1, 3, 4, 2, 5, 6).reshape(pages, panels * 32, blocks * 4 * len(subs))
 
 
 def dequantized_pages(pages: KVPages, part: Part, ids: Tensor) -> Tensor:
