@@ -133,6 +133,7 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     **dict.fromkeys(
         ESTIMATORS, (IndexProblem, ("estimator", "h", "kv_heads", "d", "keys", "dtype"))
     ),
+    "paged_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
 }
 
 

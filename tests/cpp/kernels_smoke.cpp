@@ -57,6 +57,7 @@ int main() {
   check_active_gemv(&memory);
   check_block_index(&memory);
   check_line_scores(&memory);
+  check_paged_attention();
   check_team();
   printf("%d checks on tiers up to %s, %d failed\n", checks, isa_name(ow::detected_isa()),
          failures);

@@ -102,6 +102,7 @@ void check_block_sparse_gemm(Guarded* memory);
 void check_active_gemv(Guarded* memory);
 void check_block_index(Guarded* memory);
 void check_line_scores(Guarded* memory);
+void check_paged_attention();
 void check_team();
 
 }  // namespace ow::testing

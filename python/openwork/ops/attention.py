@@ -89,8 +89,8 @@ def decode_attention(
     if return_lse:
         y, lse = _decode_attention_lse(q, keys, values, length, scale)
         return y, lse
-    y = _decode_attention(q, keys, values, length, scale)
-    return y
+    result: Tensor = _decode_attention(q, keys, values, length, scale)
+    return result
 
 
 def _check(op: str, q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:

@@ -162,7 +162,7 @@ CASES = (
         rejects=lambda: list(_rejects()),
         workloads=tuple(
             _workload(t, *heads, keys, dtype)
-            for heads, lengths in (((9, 3, 64), (64, 1024, 4096)), ((32, 8, 128), (4096,)))
+            for heads, lengths in (((9, 3, 64), (64, 1024, 4096)), ((32, 8, 128), (4096, 32768)))
             for keys in lengths
             for t in (1, 4)
             for dtype in ("float32", "bfloat16")

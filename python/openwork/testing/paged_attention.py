@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..kv_format import KVFormat
 from ..kv_pages import KVPages
-from .case import EPS, TINY, OpCase, Reject, Sample
+from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Unit, Workload
 from .kv_cache import FORMATS, History, dense
 
 Part = Literal["keys", "values"]
@@ -22,7 +24,7 @@ def codes_of(codes: Tensor, bits: int) -> Tensor:
 
     ``codes`` is ``[pages, panels, k_blocks, 2 halves, lines, 16 n, 4 bytes]``.
     """
-    pages, panels, blocks, _, _, _, _ = codes.shape
+    pages, panels, blocks = codes.shape[:3]
     wide = codes.long()
     subs = []  # 4 consecutive k of every n each
     if bits == 3:
@@ -36,30 +38,26 @@ def codes_of(codes: Tensor, bits: int) -> Tensor:
             line, place = divmod(sub * bits, 8)
             subs.append(wide[:, :, :, :, line] >> place & 2**bits - 1)
     unpacked = torch.stack(subs, 5)  # pages, panels, blocks, halves, n, sub, byte
-    return unpacked.permute(0, 1, 3, 4, 2, 5, 6).reshape(pages, panels * 32, -1)
+    return unpacked.permute(0, 1, 3, 4, 2, 5, 6).reshape(pages, panels * 32, blocks * 4 * len(subs))
 
 
-def dequantized_pages(pages: KVPages, part: Part) -> Tensor:
-    """``[pages, page_size, d]`` float64: ``code * scale + min`` and the outliers."""
-    side, fmt = (
-        getattr(pages, part),
-        getattr(pages, "key_format" if part == "keys" else "value_format"),
-    )
-    d, size = pages.d if part == "keys" else pages.value_d, pages.page_size
+def dequantized_pages(pages: KVPages, part: Part, ids: Tensor) -> Tensor:
+    """``[ids, page_size, d]`` float64: ``code * scale + min`` and the outliers."""
+    side = getattr(pages, part)
+    fmt, d = (pages.key_format, pages.d) if part == "keys" else (pages.value_format, pages.value_d)
     if fmt.dense:
-        return side.rows.double()
-    codes = codes_of(side.codes, fmt.bits)
+        rows: Tensor = side.rows[ids].double()
+        return rows
+    codes = codes_of(side.codes[ids], fmt.bits)
     codes = codes[..., :d] if part == "keys" else codes[:, :d].transpose(1, 2)
     levels = codes if fmt.codebook is None else torch.tensor(fmt.codebook)[codes]
     grids = []
-    for grid in (side.scales.double(), side.mins.double()):
-        if fmt.axis == "channel":
-            grids.append(grid.repeat_interleave(fmt.group_size, 1))
-        else:
-            grids.append(grid.repeat_interleave(fmt.group_size, 1)[:, :d].transpose(1, 2))
-    x = levels * grids[0] + grids[1]
+    for pool in (side.scales, side.mins):
+        grid = pool[ids].double().repeat_interleave(fmt.group_size, 1)
+        grids.append(grid if fmt.axis == "channel" else grid[:, :d].transpose(1, 2))
+    x: Tensor = levels * grids[0] + grids[1]
     if fmt.outliers:
-        x = x.scatter(2, side.outlier_index.long(), side.outlier_values.double())
+        x = x.scatter(2, side.outlier_index[ids].long(), side.outlier_values[ids].double())
     return x
 
 
@@ -68,9 +66,8 @@ def tokens_of(pages: KVPages, part: Part, row: tuple[int, int]) -> Tensor:
     side = getattr(pages, part)
     length = int(pages.lengths[row])
     held = length if side.committed is None else int(side.committed[row])
-    places = torch.arange(held)
-    page = pages.block_table[row][places // pages.page_size].long()
-    x = dequantized_pages(pages, part)[page, places % pages.page_size]
+    ids = pages.block_table[row][: -(-held // pages.page_size)].long()
+    x = dequantized_pages(pages, part, ids).flatten(0, 1)[:held]
     if held == length:
         return x
     ring = side.tail[row].double()
@@ -111,26 +108,24 @@ def paged_attention_reference(
     group = h // pages.lengths.shape[1]
     y = torch.zeros(b, t, h, pages.value_d, dtype=torch.float64)
     lse = torch.full((b, t, h), -math.inf, dtype=torch.float64)
-    for i in range(b):
-        for head in range(h):
-            row = (i, head // group)
-            keys, values = (tokens_of(pages, part, row) for part in ("keys", "values"))
-            if cos is not None and sin is not None:
-                length = len(keys)
-                at = torch.arange(length)
-                if pages.positions is not None:
-                    at = pages.positions[row][:length].long()
-                keys = _rotated(keys, cos[at].double(), sin[at].double())
-            for query in range(t):
-                seen = _attended(pages, row, t, selected)
-                seen[max(len(keys) - t + query + 1, 0) :] = False
-                if not seen.any():
-                    continue
-                factor = 1 / math.sqrt(d) if scale is None else scale
-                scores = factor * keys[seen] @ q[i, query, head].double()
-                v = values[seen].abs() if magnitudes else values[seen]
-                y[i, query, head] = scores.softmax(0) @ v
-                lse[i, query, head] = scores.logsumexp(0)
+    factor = 1 / math.sqrt(d) if scale is None else scale
+    for row in itertools.product(range(b), range(pages.lengths.shape[1])):
+        keys, values = (tokens_of(pages, part, row) for part in ("keys", "values"))
+        values = values.abs() if magnitudes else values
+        if cos is not None and sin is not None:
+            at = torch.arange(len(keys))
+            if pages.positions is not None:
+                at = pages.positions[row][: len(keys)].long()
+            keys = _rotated(keys, cos[at].double(), sin[at].double())
+        for query in range(t):
+            seen = _attended(pages, row, t, selected)
+            seen[max(len(keys) - t + query + 1, 0) :] = False
+            if not seen.any():
+                continue
+            heads = slice(row[1] * group, (row[1] + 1) * group)
+            scores = factor * q[row[0], query, heads].double() @ keys[seen].T
+            y[row[0], query, heads] = scores.softmax(-1) @ values[seen]
+            lse[row[0], query, heads] = scores.logsumexp(-1)
     return y, lse
 
 
@@ -243,6 +238,60 @@ def _rejects() -> Iterator[Reject]:
     yield Reject("table", (q, broken), {}, "block_table must hold pages in 0 ..", True)
 
 
+def _workload(bits: int, group: int, t: int = 1, keys: int = 32768, budget: int = 0) -> Workload:
+    """32 query heads on 8 key heads; ``bits`` of keys (by channel) and values (by token)."""
+    params: dict[str, Any] = {"b": 1, "t": t, "h": 32, "kv_heads": 8, "d": 128, "keys": keys}
+    params |= {"bits": bits, "group_size": group, "budget": budget}
+    params["dtype"] = "float32" if bits == 32 else "bfloat16"
+
+    def make() -> Sample:
+        generator = torch.Generator().manual_seed(12)
+        formats = dense(getattr(torch, params["dtype"]))
+        if bits < 16:
+            formats = (KVFormat(bits, "channel", group), KVFormat(bits, "token", group))
+        dtype = getattr(torch, params["dtype"])
+        page_size = 64 if bits < 16 and group < 128 else 128
+        pages = KVPages.allocate(
+            1, 8, 128, keys, keys=formats[0], values=formats[1], dtype=dtype, page_size=page_size
+        )
+        for begin in range(0, keys, 1024):
+            x = torch.randn(2, 1, min(1024, keys - begin), 8, 128, generator=generator).to(dtype)
+            ops.kv_append(pages, x[0], x[1])
+        q = torch.randn(1, t, 32, 128, generator=generator).to(dtype)
+        kwargs = {}
+        if budget:
+            count = budget // page_size
+            chosen = torch.arange(count) * (keys // page_size) // count
+            kwargs["selected"] = chosen.to(torch.int32).expand(1, 8, count).contiguous()
+        return Sample("workload", (q, pages), kwargs)
+
+    return Workload(params, make)
+
+
+def _cost(params: Mapping[str, Any]) -> Cost:
+    t, h, g, d = (params[name] for name in ("t", "h", "kv_heads", "d"))
+    tokens = params["budget"] or params["keys"]
+    bits = params["bits"]
+    # Codes, and of each group a scale and a min of 16 bits; queries and results.
+    number = bits / 8 if bits >= 16 else bits / 8 + 4 / params["group_size"]
+    units: dict[int, Unit] = {32: "fp32", 16: "bf16"}
+    digits = {32: 1, 16: 2}.get(bits, 3)
+    size = getattr(torch, params["dtype"]).itemsize
+    return Cost(
+        int(2 * g * tokens * d * number) + 2 * t * h * d * size,
+        4 * digits * t * h * tokens * d,
+        units.get(bits, "int8"),
+    )
+
+
+_WORKLOADS = (
+    *(_workload(bits, 128) for bits in (32, 16, 8, 4, 2)),
+    *(_workload(bits, 64) for bits in (8, 4, 3, 2)),
+    *(_workload(bits, 128, t=4) for bits in (32, 16, 8, 4, 2)),
+    *(_workload(4, 64, keys=keys, budget=4096) for keys in (8192, 32768, 131072)),
+)
+
+
 CASES = (
     OpCase(
         "paged_attention",
@@ -257,5 +306,7 @@ CASES = (
         ),
         samples=lambda: list(_samples()),
         rejects=lambda: list(_rejects()),
+        workloads=_WORKLOADS,
+        cost=_cost,
     ),
 )
