@@ -177,4 +177,7 @@ def _print(rows: Sequence[Row], family: Family, length: int) -> None:
                 f"{r.kl:.4f}", f"{r.agreement:.0%}", f"{r.found}/{r.asked}",
                 f"{1e3 * r.seconds:.1f}",
             )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    # Figures that are cut say nothing; a terminal may fold the lines of a wider table.
+    console.width = max(console.width, 110)
+    console.print(table)

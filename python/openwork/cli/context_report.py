@@ -119,7 +119,7 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
         ppl.set(title=f"{length} tokens", xscale="log", yscale="log")
         kl.set(yscale="log")
         density = all(row.dense_cost == 1 for row in rows)
-        keys.set(xlabel="density" if density else "bytes, of those in fp32", ylim=(-0.05, 1.05))
+        keys.set(xlabel="density" if density else "bytes, of dense", ylim=(-0.05, 1.05))
         for panel in (ppl, kl, keys):
             panel.grid(alpha=0.3, which="both")
     names = ("perplexity, of dense", "KL from dense, nats a token", "passkeys found")
