@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 from openwork.evaluation.long_context import Outcome
 
@@ -85,9 +86,9 @@ def from_json(data: bytes) -> list[Row]:
         ValueError: it is something else.
     """
     try:
+        rows: list[dict[str, Any]] = json.loads(data)
         return [
-            Row(**{k: math.inf if v is None else v for k, v in values.items()})
-            for values in json.loads(data)
+            Row(**{k: math.inf if v is None else v for k, v in values.items()}) for values in rows
         ]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"rows of eval-context expected, got {error}") from error
