@@ -86,12 +86,13 @@ def from_json(data: bytes) -> list[Row]:
         ValueError: it is something else.
     """
     try:
-        rows: list[dict[str, Any]] = json.loads(data)
-        return [
-            Row(**{k: math.inf if v is None else v for k, v in values.items()}) for values in rows
-        ]
+        return [Row(**_floats(values)) for values in json.loads(data)]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"rows of eval-context expected, got {error}") from error
+
+
+def _floats(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.inf if value is None else value for key, value in values.items()}
 
 
 def draw(rows: Sequence[Row], title: str) -> bytes:
