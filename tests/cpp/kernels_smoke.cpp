@@ -54,6 +54,7 @@ int main() {
   check_sparse_gemm(&memory);
   check_block_sparse_gemm(&memory);
   check_active_gemv(&memory);
+  check_kv_cache(&memory);
   check_team();
   printf("%d checks on tiers up to %s, %d failed\n", checks, isa_name(ow::detected_isa()),
          failures);

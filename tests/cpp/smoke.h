@@ -99,6 +99,7 @@ void check_decode_attention(Guarded* memory);
 void check_sparse_gemm(Guarded* memory);
 void check_block_sparse_gemm(Guarded* memory);
 void check_active_gemv(Guarded* memory);
+void check_kv_cache(Guarded* memory);
 void check_team();
 
 }  // namespace ow::testing
