@@ -236,7 +236,6 @@ class KVPages:
 
     def own(self, dropped: int) -> None:
         """Give every row pages of its own from where it would end without ``dropped`` tokens."""
-        self._room.tokens = 0
         if self.allocator.shared_pages:
             ends = np.maximum(self._rows(self.lengths) - dropped, 0)
             self._unshare(ends)

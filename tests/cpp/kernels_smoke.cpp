@@ -58,6 +58,7 @@ int main() {
   check_block_index(&memory);
   check_line_scores(&memory);
   check_paged_attention();
+  check_kv_cache(&memory);
   check_team();
   printf("%d checks on tiers up to %s, %d failed\n", checks, isa_name(ow::detected_isa()),
          failures);

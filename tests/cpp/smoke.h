@@ -103,6 +103,7 @@ void check_active_gemv(Guarded* memory);
 void check_block_index(Guarded* memory);
 void check_line_scores(Guarded* memory);
 void check_paged_attention();
+void check_kv_cache(Guarded* memory);
 void check_team();
 
 }  // namespace ow::testing

@@ -14,6 +14,7 @@ from ..kv_format import KVFormat
 from ..kv_pages import KVPages
 from .case import OpCase, Reject, Sample
 from .kv_reference import ReferenceCache
+from .kv_workloads import append_cost, append_workloads
 
 State = tuple[Tensor, ...]
 Step = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -87,6 +88,12 @@ class History:
             getattr(cache, name)(*args, **kwargs)
         return cache
 
+    def state(self, pages: KVPages) -> State:
+        return state(pages)
+
+    def reference_state(self, cache: ReferenceCache) -> State:
+        return reference_state(cache)
+
     def tokens(self, t: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions of t tokens; some channels of the keys are large."""
         generator = torch.Generator().manual_seed(seed)
@@ -154,7 +161,7 @@ def changing(name: str) -> Callable[..., State]:
     def run(history: History, *args: Any, **kwargs: Any) -> State:
         pages = history.pages()
         getattr(ops, name)(pages, *args, **kwargs)
-        return state(pages)
+        return history.state(pages)
 
     return run
 
@@ -163,7 +170,7 @@ def changing_reference(name: str) -> Callable[..., State]:
     def run(history: History, *args: Any, **kwargs: Any) -> State:
         cache = history.reference()
         getattr(cache, name)(*args, **kwargs)
-        return reference_state(cache)
+        return history.reference_state(cache)
 
     return run
 
@@ -275,10 +282,6 @@ def kv_read_reference(history: History, begin: int, end: int) -> State:
     return cache.read("keys", begin, end), cache.read("values", begin, end)
 
 
-def _read(history: History, begin: int, end: int) -> State:
-    return ops.kv_read(history.pages(), begin, end)
-
-
 def _read_samples() -> Iterator[Sample]:
     for name, (keys, values) in FORMATS.items():
         ragged = torch.tensor([31, 9], dtype=torch.int32)
@@ -328,10 +331,6 @@ def _forget_bounds(pages: KVPages) -> KVPages:
     return pages
 
 
-def _bounds_reference(history: History) -> State:
-    return reference_state(history.reference())
-
-
 def _table_rejects(*args: Any) -> list[Reject]:
     history = History(*FORMATS["kivi2"]).appended(70, 1)
     return [
@@ -349,6 +348,8 @@ CASES = (
         raw=_raw_append,
         samples=lambda: list(_append_samples()),
         rejects=lambda: list(_append_rejects()),
+        workloads=tuple(append_workloads()),
+        cost=append_cost,
     ),
     OpCase(
         "kv_commit",
@@ -361,7 +362,7 @@ CASES = (
     ),
     OpCase(
         "kv_read",
-        _read,
+        lambda history, begin, end: ops.kv_read(history.pages(), begin, end),
         kv_read_reference,
         exact,
         raw=lambda s: (*reserved(s.args[0].pages(), 0), *s.args[1:]),
@@ -383,7 +384,7 @@ CASES = (
     OpCase(
         "page_bounds",
         changing("page_bounds"),
-        _bounds_reference,
+        lambda history: reference_state(history.reference()),
         exact,
         raw=lambda s: reserved(s.args[0].pages(), 0),
         samples=lambda: list(_bound_samples()),

@@ -22,6 +22,7 @@ from .kv_cache import (
     exact,
     reserved,
 )
+from .kv_workloads import select_cost, select_workloads
 
 
 def kept_tokens(lists: list[list[list[int]]]) -> Tensor:
@@ -219,5 +220,7 @@ CASES = (
         raw=_raw_select,
         samples=lambda: list(_select_samples()),
         rejects=lambda: list(_select_rejects()),
+        workloads=tuple(select_workloads()),
+        cost=select_cost,
     ),
 )
