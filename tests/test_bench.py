@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import __main__ as cli
-from bench import end_to_end, machine, plot, report, roofline, suite
+from bench import end_to_end, index_cases, machine, plot, report, roofline, suite
 from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
 from bench.machine import Peaks
@@ -294,7 +294,8 @@ def test_selection_matches_words_exactly() -> None:
     assert all(" m=1 " in name and (" bits=3 " in name or " bits=4 " in name) for name in names)
     assert all(name.endswith("threads=2") for name in names)
     assert not list(suite.items("m=1 no_such=*", 2))
-    assert len(list(suite.items("", 1))) == sum(len(case.workloads) for case in CASES)
+    every = (*CASES, *index_cases.CASES)
+    assert len(list(suite.items("", 1))) == sum(len(case.workloads) for case in every)
 
 
 def test_run_writes_checked_rows_of_the_agreed_form(tmp_path: Path) -> None:
