@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from bench import roofline
+from bench.attention_problem import BlockAttentionProblem
 from bench.competitors import COMPETITORS
 from bench.machine import Peaks, ReadStream
 from bench.problem import (
@@ -120,7 +121,7 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-AnyProblem = Problem | AttentionProblem | ProductProblem
+AnyProblem = Problem | AttentionProblem | BlockAttentionProblem | ProductProblem
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
     "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
@@ -128,6 +129,10 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "block_sparse_linear": (SparseProblem, ("m", "n", "k", "density", "block")),
     "active_linear": (ColumnProblem, ("m", "n", "k", "format", "group_size")),
     "decode_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
+    "block_attention": (
+        BlockAttentionProblem,
+        ("keys", "h", "kv_heads", "d", "dtype", "density"),
+    ),
 }
 
 
