@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from bench import roofline
+from bench.attention_problem import BlockAttentionProblem
 from bench.competitors import COMPETITORS
 from bench.index_cases import CASES as INDEX_CASES
 from bench.index_cases import ESTIMATORS, IndexProblem
@@ -122,7 +123,7 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-AnyProblem = Problem | AttentionProblem | ProductProblem | IndexProblem
+AnyProblem = Problem | AttentionProblem | BlockAttentionProblem | ProductProblem | IndexProblem
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
     "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
@@ -134,6 +135,10 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
         ESTIMATORS, (IndexProblem, ("estimator", "h", "kv_heads", "d", "keys", "dtype"))
     ),
     "paged_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
+    "block_attention": (
+        BlockAttentionProblem,
+        ("keys", "h", "kv_heads", "d", "dtype", "density"),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from bench import __main__ as cli
 from bench import end_to_end, index_cases, machine, plot, report, roofline, suite
+from bench.attention_problem import BlockAttentionProblem
 from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
 from bench.machine import Peaks
@@ -224,6 +225,16 @@ def test_every_competitor_attends(competitor: Competitor, t: int, dtype: str) ->
             check(variant.label, prepared.output(), problem.reference, tolerance(variant.bits))
 
 
+@pytest.mark.slow  # FlexAttention compiles
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("competitor", COMPETITORS["block_attention"], ids=lambda c: c.name)
+def test_every_competitor_attends_to_blocks(competitor: Competitor, density: float) -> None:
+    problem = BlockAttentionProblem(
+        keys=200, h=4, kv_heads=2, d=16, dtype="float32", density=density, threads=1, cold_bytes=0
+    )
+    check_variants(competitor, problem)
+
+
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("competitor", COMPETITORS["sparse_linear"], ids=lambda c: c.name)
 def test_every_competitor_multiplies_sparse_weights(competitor: Competitor, block: int) -> None:
@@ -244,7 +255,9 @@ def test_every_competitor_multiplies_all_columns(competitor: Competitor, kind: s
     check_variants(competitor, problem)
 
 
-def check_variants(competitor: Competitor, problem: SparseProblem | ColumnProblem) -> None:
+def check_variants(
+    competitor: Competitor, problem: SparseProblem | ColumnProblem | BlockAttentionProblem
+) -> None:
     for variant in competitor.variants(problem):
         prepared = variant.prepare()
         for group in range(prepared.groups):

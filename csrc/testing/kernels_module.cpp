@@ -16,13 +16,13 @@
 #include "core/layout.h"
 #include "kernels/activations/activations.h"
 #include "kernels/active_gemv/active_gemv.h"
-#include "kernels/block_attention/block_attention.h"
 #include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
 #include "kernels/quantize/quantize.h"
 #include "kernels/sparse_gemm/sparse_gemm.h"
 #include "testing/arrays_module.h"
+#include "testing/block_attention_module.h"
 #include "testing/nm_gemm_module.h"
 #include "testing/peaks.h"
 #include "testing/sparse_kernels.h"
@@ -354,6 +354,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("group_size"), py::arg("bias"), py::arg("add"), py::arg("y"),
         "Writes y [m, n]; x is int8 [m, digits, k], or the bits of bf16 [m, k].");
   ow::bind_nm_gemm(m);
+  ow::bind_block_attention(m);
   m.def("rms_norm", &ow::rms_norm_kernel, py::arg("kernel"), py::arg("x"), py::arg("w"),
         py::arg("eps"), py::arg("y"), "Writes y [m, d].");
   m.def("silu_mul", &ow::silu_mul_kernel, py::arg("kernel"), py::arg("x"), py::arg("y"),

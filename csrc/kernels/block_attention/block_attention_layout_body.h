@@ -46,8 +46,8 @@ struct Memory {
       for (int64_t s = 0; s < a.sequence_count; ++s) {
         if (a.sequences[s].keys > keys) keys = a.sequences[s].keys;
       }
-      // Blocks may begin and end inside of units, and so may the two ranges seen: at worst every
-      // block of 16 keys takes a unit.
+      // Runs of blocks, and the two ranges seen, may meet in a unit, which then is there twice; no
+      // key is, and single keys fill their units.
       tiles = div_up(2 * div_up(keys, kUnitKeys) + 4, E::kTileUnits);
     }
     uint8_t* next = base;

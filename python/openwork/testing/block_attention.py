@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -61,16 +62,19 @@ def block_attention_reference(
     lengths = [(i.stop - i.start, j.stop - j.start) for _, i, j in sequences]
     listed = None if index is None else index.to_mask(*map(list, zip(*lengths, strict=True)))
     for s, (at, i, j) in enumerate(sequences):
-        sees = visible(*lengths[s], causal, window, sinks, min_distance)[None]
-        if listed is not None:
-            sees = sees & listed[s].repeat_interleave(h // listed[s].shape[0], 0)
-        keys, values = (x[at, j].double().repeat_interleave(h // g, 1) for x in (k, v))
-        logits = scale * torch.einsum("ihd,jhd->hij", q[at, i].double(), keys)
-        logits = logits.masked_fill(~sees, -math.inf)
-        lse[at, i] = logits.logsumexp(-1).T
-        weights = logits.softmax(-1).masked_fill(~sees, 0.0)
-        o[at, i] = torch.einsum("hij,jhd->ihd", weights, values)
-        sums[at, :, j] = (weights * chosen[at, i, None]).sum(1)
+        sees = visible(*lengths[s], causal, window, sinks, min_distance)
+        keys, values = (x[at, j].double() for x in (k, v))
+        # A head and some queries at a time: the matrices of long sequences would not fit.
+        for head, rows in itertools.product(range(h), torch.arange(sq)[i].split(1024)):
+            part = sees[rows - i.start]
+            if listed is not None:
+                part = part & listed[s][head // (h // listed[s].shape[0]), rows - i.start]
+            logits = scale * q[at, rows, head].double() @ keys[:, head // (h // g)].T
+            logits = logits.masked_fill(~part, -math.inf)
+            lse[at, rows, head] = logits.logsumexp(-1)
+            weights = logits.softmax(-1).masked_fill(~part, 0.0)
+            o[at, rows, head] = weights @ values[:, head // (h // g)]
+            sums[at, head, j] += (weights * chosen[at, rows, None]).sum(0)
     return (o, *((lse,) if return_lse else ()), *(() if scores is None else (sums,)))
 
 
@@ -323,9 +327,12 @@ def _index_rejects(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Reject]:
     yield Reject("falling", (q, k, v, falling), {}, "indptr must rise from 0 to 1", **of_index)
 
 
-def _workload(keys: int, d: int, dtype: str, density: float) -> Workload:
-    h, g = 8, 2
-    pattern = "dense" if density == 1 else "blocks"
+# Queries and keys of a block of the workloads' indices.
+WORKLOAD_BLOCK = 64
+
+
+def _workload(pattern: str, keys: int, d: int, dtype: str, density: float) -> Workload:
+    h, g = 4, 1
     params = {
         "pattern": pattern,
         "keys": keys,
@@ -334,12 +341,15 @@ def _workload(keys: int, d: int, dtype: str, density: float) -> Workload:
         "d": d,
         "dtype": dtype,
         "density": density,
+        "hot": True,  # a call reads its operands many times, from memory or not
     }
 
     def make() -> Sample:
         operands = make_operands(1, keys, keys, h, g, d, d, getattr(torch, dtype))
-        index = () if density == 1 else (make_index([(keys, keys)], h, 64, 64, density),)
-        return Sample("workload", (*operands, *index))
+        if pattern == "blocks":
+            index = make_index([(keys, keys)], h, WORKLOAD_BLOCK, WORKLOAD_BLOCK, density)
+            return Sample("workload", (*operands, index))
+        return Sample("workload", operands, {"scores": "all"} if pattern == "scores" else {})
 
     return Workload(params, make)
 
@@ -361,5 +371,18 @@ CASES = (
         raw=_raw,
         samples=lambda: list(_samples()),
         rejects=lambda: list(_rejects()),
+        workloads=tuple(
+            _workload(pattern, keys, d, dtype, density)
+            for keys in (4096, 8192)
+            for d in (64, 128)
+            for dtype in ("float32", "bfloat16")
+            for pattern, density in (
+                ("dense", 1.0),
+                ("scores", 1.0),
+                ("blocks", 0.25),
+                ("blocks", 0.1),
+            )
+        ),
+        cost=_cost,
     ),
 )

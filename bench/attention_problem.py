@@ -1,0 +1,59 @@
+"""Causal attention of a whole sequence over the key blocks of a random index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.problem import Conditions
+from openwork import BlockIndex
+from openwork.testing.block_attention import (
+    WORKLOAD_BLOCK,
+    block_attention_reference,
+    make_index,
+    make_operands,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockAttentionProblem(Conditions):
+    """What the workload of the same parameters computes.
+
+    Attributes:
+        keys: tokens, each a query and a key.
+        h, kv_heads, d: query heads, key heads, dimensions of a head.
+        dtype: name of torch's.
+        density: share of the key blocks, at or before those of the queries, that are listed.
+    """
+
+    keys: int
+    h: int
+    kv_heads: int
+    d: int
+    dtype: str
+    density: float
+
+    @cached_property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[1, keys, h, d]``, k and v ``[1, keys, kv_heads, d]``."""
+        shape = (1, self.keys, self.keys, self.h, self.kv_heads, self.d, self.d)
+        return make_operands(*shape, getattr(torch, self.dtype))
+
+    @cached_property
+    def index(self) -> BlockIndex | None:
+        """None for a density of 1."""
+        if self.density == 1:
+            return None
+        lengths = [(self.keys, self.keys)]
+        return make_index(lengths, self.h, WORKLOAD_BLOCK, WORKLOAD_BLOCK, self.density)
+
+    @cached_property
+    def reference(self) -> NDArray[np.float64]:
+        """``[1, keys, h, d]`` float64."""
+        y: NDArray[np.float64] = block_attention_reference(*self.operands, self.index)[0].numpy()
+        return y
