@@ -122,22 +122,29 @@ class HalfSums {
 
   // Adds `units` units of 16 k, of which the first meets depth `depth` of the rows.
   template <int kBits, class Fetch>
-  void add(const uint8_t* half, int64_t units, int64_t depth, const Fetch& fetch) {
-    for (int64_t unit = 0; unit < units; ++unit) {
+  __attribute__((always_inline)) void add(const uint8_t* half, int64_t units, int64_t depth,
+                                          const Fetch& fetch) {
+    // In variables of their own: the bytes that are read might be the members.
+    __m512i sums[kDigits * kCount];
+#pragma GCC unroll 12
+    for (int i = 0; i < kDigits * kCount; ++i) sums[i] = sums_[i];
+    const uint8_t* digits = x_.digits[kDigits * first_] + depth;
+    for (int64_t unit = 0; unit < units; ++unit, digits += 16) {
       fetch();
       __m512i codes[4];
       unpack_unit<kBits>(half, unit, codes);
-      const uint8_t* digits = x_.digits[kDigits * first_] + depth + 16 * unit;
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 12
         for (int i = 0; i < kDigits * kCount; ++i) {
           int32_t four;
           memcpy(&four, digits + i * kMaxDepth + 4 * j, 4);
-          sums_[i] = _mm512_dpbusd_epi32(sums_[i], codes[j], _mm512_set1_epi32(four));
+          sums[i] = _mm512_dpbusd_epi32(sums[i], codes[j], _mm512_set1_epi32(four));
         }
       }
     }
+#pragma GCC unroll 12
+    for (int i = 0; i < kDigits * kCount; ++i) sums_[i] = sums[i];
   }
   VecF total(int64_t r) const {
     const __m512i* sums = sums_ + kDigits * r;
