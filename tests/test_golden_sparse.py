@@ -12,7 +12,7 @@ from torch import Tensor
 
 import openwork
 from openwork import BlockSparseWeight, ColumnWeight, SparseWeight
-from openwork.packing import BLOCK_LAYOUTS, COLUMN_LAYOUTS, block_of, column_bits
+from openwork.packing import BLOCK_LAYOUTS, COLUMN_LAYOUTS, block_of, value_bits
 
 FOLDER = Path(__file__).with_name("golden")
 N, K, GROUP_SIZE = 70, 90, 32  # no multiple of any tile, a short last group
@@ -27,7 +27,7 @@ def _integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
 
 def _source(tag: str) -> Arrays:
     """What is packed: small integers, so that every product is exact."""
-    bits = column_bits(tag) if tag in COLUMN_LAYOUTS else 0
+    bits = value_bits(tag) if tag in COLUMN_LAYOUTS else 0
     if bits:
         groups = -(-K // GROUP_SIZE)
         return {
@@ -49,9 +49,9 @@ def _pack(tag: str, source: Arrays) -> Weight:
         return openwork.compress_block_sparse(source["weight"], block_of(tag))
     if tag not in COLUMN_LAYOUTS:
         return openwork.compress_sparse(source["weight"])
-    if column_bits(tag) == 0:
+    if value_bits(tag) == 0:
         return openwork.pack_columns(source["weight"])
-    return openwork.pack_lowbit_columns(**source, bits=column_bits(tag), group_size=GROUP_SIZE)
+    return openwork.pack_lowbit_columns(**source, bits=value_bits(tag), group_size=GROUP_SIZE)
 
 
 def _tensors(weight: Weight) -> Arrays:
@@ -64,7 +64,7 @@ def _restore(tag: str, arrays: Arrays) -> Weight:
         return BlockSparseWeight(**packed, layout=tag, n=N, k=K)
     if tag not in COLUMN_LAYOUTS:
         return SparseWeight(**packed, scales=None, layout=tag, n=N, k=K)
-    group_size = GROUP_SIZE if column_bits(tag) else K
+    group_size = GROUP_SIZE if value_bits(tag) else K
     return ColumnWeight(
         **{"scales": None, "zeros": None, **packed}, layout=tag, n=N, k=K, group_size=group_size
     )

@@ -36,7 +36,7 @@ from openwork.models.tokenizer import tokenizer_from_file
 from openwork.models.weights import Part, check_part, is_linear, parameters, read_parts
 from openwork.nn import LowbitEmbedding, LowbitLinear
 from openwork.ops import pack_lowbit
-from openwork.ops.lowbit import Compute
+from openwork.ops.compute import Compute
 from openwork.own_keys import OwnKeys, own_keys
 from openwork.pack_quantized import (
     Scheme,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import string
+from dataclasses import Field, dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +18,56 @@ BLOCK_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("blocks"))
 COLUMN_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("columns"))
 NM_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("nm"))
 _POOL = _host.PagePool()
+_Weight = TypeVar("_Weight", bound="_Packed")
+
+
+class _Packed:
+    """What the packed weights below, dataclasses all, have in common."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    layout: str
+    n: int
+    k: int
+
+    @property
+    def layout_id(self) -> int:
+        return _LAYOUTS.index(self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: what one token reads, where no column is skipped."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def in_huge_pages(self: _Weight) -> _Weight:
+        """The same weight in 64-byte aligned memory that is advised for 2 MiB pages.
+
+        Weights made one after another share chunks, so the many small matrices of a model fill
+        whole pages. The memory is freed with the last weight of a chunk.
+        """
+        return replace(self, **{name: _to_pool(t) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+class _Grouped(_Packed):
+    """A packed weight of codes, ``group_size`` consecutive k of a row to a scale."""
+
+    group_size: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored value; 0 for the floats of :class:`ColumnWeight`."""
+        return value_bits(self.layout)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group_size)
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(_Grouped):
     """A low-bit weight in the layout the kernels read. Made by :func:`openwork.pack_lowbit`.
 
     The layout names geometry, not a CPU: a weight packed on any tier runs on every tier. It lives
@@ -47,50 +95,13 @@ class PackedWeight:
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.layout not in LOWBIT_LAYOUTS:
-            raise ValueError(
-                f"PackedWeight: layout must be one of {', '.join(LOWBIT_LAYOUTS)}, got "
-                f"{self.layout}; re-pack with openwork.pack_lowbit"
-            )
-
-    @property
-    def bits(self) -> int:
-        return int(self.layout[1 : self.layout.index("_")])
-
-    @property
-    def layout_id(self) -> int:
-        return _LAYOUTS.index(self.layout)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.k // self.group_size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors: what one token reads."""
-        zeros = 0 if self.zeros is None else self.zeros.nbytes
-        return self.packed.nbytes + self.scales.nbytes + zeros
-
-    def in_huge_pages(self) -> PackedWeight:
-        """The same weight in 64-byte aligned memory that is advised for 2 MiB pages.
-
-        Weights made one after another share chunks, so the many small matrices of a model fill
-        whole pages. The memory is freed with the last weight of a chunk.
-        """
-        zeros = None if self.zeros is None else _to_pool(self.zeros)
-        return PackedWeight(
-            _to_pool(self.packed),
-            _to_pool(self.scales),
-            zeros,
-            self.layout,
-            self.n,
-            self.k,
-            self.group_size,
+        _check_layout(
+            "PackedWeight", self.layout, LOWBIT_LAYOUTS, "; re-pack with openwork.pack_lowbit"
         )
 
 
 @dataclass(frozen=True)
-class SparseWeight:
+class SparseWeight(_Packed):
     """A weight of which any elements are stored. Made by :func:`openwork.compress_sparse`.
 
     A panel is 16 rows, a block of it 64 columns. Like every layout this one lives in memory only.
@@ -119,10 +130,6 @@ class SparseWeight:
         _check_layout("SparseWeight", self.layout, ("bitmask_n16k64@1",))
 
     @property
-    def layout_id(self) -> int:
-        return _LAYOUTS.index(self.layout)
-
-    @property
     def nnz(self) -> int:
         return self.values.numel() - 1024
 
@@ -131,25 +138,9 @@ class SparseWeight:
         """Stored elements over all."""
         return self.nnz / (self.n * self.k)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors: what one token reads."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.masks.nbytes + self.offsets.nbytes + self.values.nbytes + scales
-
-    def in_huge_pages(self) -> SparseWeight:
-        """The same weight in huge-page memory; see :meth:`PackedWeight.in_huge_pages`."""
-        return replace(
-            self,
-            masks=_to_pool(self.masks),
-            offsets=_to_pool(self.offsets),
-            values=_to_pool(self.values),
-            scales=None if self.scales is None else _to_pool(self.scales),
-        )
-
 
 @dataclass(frozen=True)
-class BlockSparseWeight:
+class BlockSparseWeight(_Packed):
     """A weight of which whole square blocks are stored (BSR). Made by
     :func:`openwork.compress_block_sparse`.
 
@@ -174,10 +165,6 @@ class BlockSparseWeight:
         _check_layout("BlockSparseWeight", self.layout, BLOCK_LAYOUTS)
 
     @property
-    def layout_id(self) -> int:
-        return _LAYOUTS.index(self.layout)
-
-    @property
     def block(self) -> int:
         """Rows and columns of a block: 16, 32 or 64."""
         return block_of(self.layout)
@@ -188,23 +175,9 @@ class BlockSparseWeight:
         blocks = -(-self.n // self.block) * -(-self.k // self.block)
         return self.indices.numel() / blocks
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors: what one token reads."""
-        return self.indptr.nbytes + self.indices.nbytes + self.values.nbytes
-
-    def in_huge_pages(self) -> BlockSparseWeight:
-        """The same weight in huge-page memory; see :meth:`PackedWeight.in_huge_pages`."""
-        return replace(
-            self,
-            indptr=_to_pool(self.indptr),
-            indices=_to_pool(self.indices),
-            values=_to_pool(self.values),
-        )
-
 
 @dataclass(frozen=True)
-class ColumnWeight:
+class ColumnWeight(_Grouped):
     """A weight stored column after column, so that a column can be skipped. Made by
     :func:`openwork.pack_columns` and :func:`openwork.pack_lowbit_columns`.
 
@@ -230,34 +203,9 @@ class ColumnWeight:
     def __post_init__(self) -> None:
         _check_layout("ColumnWeight", self.layout, COLUMN_LAYOUTS)
 
-    @property
-    def layout_id(self) -> int:
-        return _LAYOUTS.index(self.layout)
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code; 0 for floats."""
-        return column_bits(self.layout)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors: what one token with no zero reads."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        zeros = 0 if self.zeros is None else self.zeros.nbytes
-        return self.columns.nbytes + scales + zeros
-
-    def in_huge_pages(self) -> ColumnWeight:
-        """The same weight in huge-page memory; see :meth:`PackedWeight.in_huge_pages`."""
-        return replace(
-            self,
-            columns=_to_pool(self.columns),
-            scales=None if self.scales is None else _to_pool(self.scales),
-            zeros=None if self.zeros is None else _to_pool(self.zeros),
-        )
-
 
 @dataclass(frozen=True)
-class NmWeight:
+class NmWeight(_Grouped):
     """An N:M sparse weight in the layout the kernels read. Made by :func:`openwork.compress_nm`.
 
     Of every M consecutive columns a row keeps at most N. A unit is 32 kept columns of 16 rows; the
@@ -290,37 +238,7 @@ class NmWeight:
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.layout not in NM_LAYOUTS:
-            raise ValueError(
-                f"NmWeight: layout must be one of {', '.join(NM_LAYOUTS)}, got {self.layout}; "
-                "re-pack with openwork.compress_nm"
-            )
-
-    @property
-    def bits(self) -> int:
-        """Of a value: 4, 8, 16 (bfloat16) or 32 (float32)."""
-        return int(self.layout[2 : self.layout.index("_")])
-
-    @property
-    def layout_id(self) -> int:
-        return _LAYOUTS.index(self.layout)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.k // self.group_size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, the index too: what one token reads."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.values.nbytes + self.index.nbytes + scales
-
-    def in_huge_pages(self) -> NmWeight:
-        """The same weight in memory that is advised for 2 MiB pages, as for PackedWeight."""
-        scales = None if self.scales is None else _to_pool(self.scales)
-        return replace(
-            self, values=_to_pool(self.values), index=_to_pool(self.index), scales=scales
-        )
+        _check_layout("NmWeight", self.layout, NM_LAYOUTS, "; re-pack with openwork.compress_nm")
 
 
 def nm_layout_for_bits(bits: int) -> str:
@@ -331,9 +249,9 @@ def nm_layout_for_bits(bits: int) -> str:
     raise ValueError(f"nm_layout_for_bits: bits must be 4, 8, 16 or 32, got {bits}")
 
 
-def _check_layout(kind: str, layout: str, known: tuple[str, ...]) -> None:
+def _check_layout(kind: str, layout: str, known: tuple[str, ...], way_out: str = "") -> None:
     if layout not in known:
-        raise ValueError(f"{kind}: layout must be one of {', '.join(known)}, got {layout}")
+        raise ValueError(f"{kind}: layout must be one of {', '.join(known)}, got {layout}{way_out}")
 
 
 def block_of(layout: str) -> int:
@@ -341,9 +259,9 @@ def block_of(layout: str) -> int:
     return int(layout[layout.index("k", layout.index("_")) + 1 : layout.index("@")])
 
 
-def column_bits(layout: str) -> int:
-    """Bits of a code of a :class:`ColumnWeight`'s layout; 0 for floats."""
-    return int(layout[len("columns") : layout.index("_")] or 0)
+def value_bits(layout: str) -> int:
+    """The number behind the letters of a tag: 4 of ``"w4_n32k8@1"``; 0 where there is none."""
+    return int(layout[: layout.index("_")].lstrip(string.ascii_lowercase) or 0)
 
 
 def layout_for_bits(bits: int) -> str:

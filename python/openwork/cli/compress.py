@@ -2,108 +2,70 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from openwork import checkpoint, quant
 from openwork.cli.calibration import calibration_tokens
+from openwork.cli.compress_options import (
+    Bits,
+    Calibration,
+    DenseDtype,
+    GroupSize,
+    HeadBits,
+    Length,
+    Method,
+    MethodOption,
+    Out,
+    Overwrite,
+    PatternOption,
+    PruneWith,
+    Resume,
+    Samples,
+    Sparsity,
+    StorageOption,
+    Symmetric,
+)
 from openwork.cli.error_table import error_table, megabytes
 from openwork.cli.files import check_writable, read_text
 from openwork.cli.options import Dtype, ModelPath, Threads, load_model, set_threads
 from openwork.cli.pruning import (
     PruneMethod,
-    Storage,
     check_pruning,
     leave_out,
     print_pruning,
     print_storage,
     prune,
 )
-from openwork.models import Llama
+from openwork.models import Llama, Tokenizer
 from openwork.models.demo import fetch_text
 from openwork.quant import Grid, QuantizationReport
 
 _BITS = (2, 3, 4, 8)
 
 
-class Method(str, Enum):
-    """The algorithms of :func:`openwork.quant.quantize_model`."""
-
-    gptq = "gptq"
-    rtn = "rtn"
-
-
 def compress(
     model: ModelPath,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)
-    ],
-    method: Annotated[
-        Method, typer.Option(help="GPTQ looks at sample text; RTN only rounds.")
-    ] = Method.gptq,
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Bits of a weight: 2, 3, 4 or 8.", show_default="4; not quantized with --prune"
-        ),
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 16, 32, 64, 128, or 0 for a row.")
-    ] = 128,
-    symmetric: Annotated[
-        bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
-    ] = False,
-    prune_with: Annotated[
-        PruneMethod | None,
-        typer.Option(
-            "--prune",
-            help="Remove weights in place of quantizing; sparsegpt does both at once with --bits. "
-            "flap and llm_pruner remove whole heads and channels. The head stays as it is.",
-        ),
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(help="Which weights stay: N:M, or V:N:M for V rows alike, such as 2:4."),
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Share of weights to remove, in place of --pattern."),
-    ] = None,
-    storage: Annotated[
-        Storage | None,
-        typer.Option(
-            help="Of pruned weights: without zeros (sparse), with them, or what is faster here.",
-            show_default="auto",
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Sample text, UTF-8.", show_default="Wikipedia articles"),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Pieces of the sample text to use.")] = 128,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a piece.")] = 512,
-    head_bits: Annotated[
-        int,
-        typer.Option(
-            help="Bits of the output head, rounded; 0 leaves it dense. With 8, an embedding tied "
-            "to it is quantized too."
-        ),
-    ] = 8,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Type in which weights that stay dense are written.")
-    ] = Dtype.bfloat16,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Folder for intermediate results, to continue from if interrupted."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is there.")
-    ] = False,
+    out: Out,
+    method: MethodOption = Method.gptq,
+    bits: Bits = None,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = False,
+    prune_with: PruneWith = None,
+    pattern: PatternOption = None,
+    sparsity: Sparsity = None,
+    storage: StorageOption = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    head_bits: HeadBits = 8,
+    dtype: DenseDtype = Dtype.bfloat16,
+    resume: Resume = None,
+    overwrite: Overwrite = False,
     threads: Threads = None,
 ) -> None:
     """Quantize or prune a model and write a directory that eval and generate read."""
@@ -115,11 +77,10 @@ def compress(
     llama, tokenizer = load_model(model, Dtype.float32)
     tokens = None
     blind = method is Method.rtn if prune_with is None else prune_with is PruneMethod.magnitude
-    if not blind:
-        text = fetch_text().calibration if calibration is None else read_text(calibration)
-        where = "the demo's text" if calibration is None else str(calibration)
-        tokens = calibration_tokens(tokenizer, text, samples, length, where)
-    resume = None if blind else resume
+    if blind:
+        resume = None
+    else:
+        tokens = _sample_tokens(tokenizer, calibration, samples, length)
     if prune_with is not None:
         grid = None if bits is None else Grid(bits, group_size or None, symmetric)
         pruning = prune(llama, prune_with, pattern, sparsity, tokens, grid, resume)
@@ -128,18 +89,25 @@ def compress(
         print_pruning(pruning, out)
         print_storage(shapes, dtype.value)
         return
+    grid = Grid(4 if bits is None else bits, group_size or None, symmetric)
     report = quant.quantize_model(
         llama,
         "rtn" if method is Method.rtn else "gptq",
-        bits=4 if bits is None else bits,
-        group_size=group_size or None,
-        symmetric=symmetric,
+        **grid.arguments(),
         calibration=tokens,
         head_bits=head_bits or None,
         resume_dir=resume,
     )
     _save(llama, model, out, dtype, overwrite)
     _print_report(report, quant.model_bytes(llama), out)
+
+
+def _sample_tokens(
+    tokenizer: Tokenizer, calibration: Path | None, samples: int, length: int
+) -> Tensor:
+    text = fetch_text().calibration if calibration is None else read_text(calibration)
+    where = "the demo's text" if calibration is None else str(calibration)
+    return calibration_tokens(tokenizer, text, samples, length, where)
 
 
 def _save(llama: Llama, source: Path, out: Path, dtype: Dtype, overwrite: bool) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.lowbit import Compute, lowbit_arguments, lowbit_linear_overload
+from ..ops.compute import Compute
+from ..ops.lowbit import lowbit_arguments, lowbit_linear_overload
 from ..packing import PackedWeight
+from .packed_linear import PackedLinear
 
 
-class LowbitLinear(nn.Module):
+class LowbitLinear(PackedLinear):
     """``y = x @ dequantize(weight).T + bias + add`` over a :class:`~openwork.PackedWeight`.
 
     The packed tensors are not parameters and not part of ``state_dict()``: the packed layout never
@@ -20,23 +22,15 @@ class LowbitLinear(nn.Module):
         compute: see :func:`openwork.lowbit_linear`.
     """
 
+    weight: PackedWeight
+
     def __init__(
         self, weight: PackedWeight, bias: Tensor | None = None, compute: Compute = "int8"
     ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        super().__init__(weight, bias)
         self.compute: Compute = compute
         # Decoding makes a hundred short calls a token: what does not change is looked up once.
         self._arguments = lowbit_arguments(weight, compute)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.k
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.n
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""

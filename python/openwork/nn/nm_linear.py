@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.lowbit import Compute
+from ..ops.compute import Compute
 from ..ops.nm import nm_arguments, nm_linear_overload
 from ..packing import NmWeight
+from .packed_linear import PackedLinear
 
 
-class NmLinear(nn.Module):
+class NmLinear(PackedLinear):
     """``y = x @ expand(weight).T + bias + add`` over an :class:`~openwork.NmWeight`.
 
     The packed tensors are not parameters and not part of ``state_dict()``: the packed layout never
@@ -27,23 +28,15 @@ class NmLinear(nn.Module):
         3.0
     """
 
+    weight: NmWeight
+
     def __init__(
         self, weight: NmWeight, bias: Tensor | None = None, compute: Compute = "float"
     ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        super().__init__(weight, bias)
         self.compute: Compute = compute
         # Decoding makes a hundred short calls a token: what does not change is looked up once.
         self._arguments = nm_arguments(weight, compute)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.k
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.n
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""

@@ -13,9 +13,10 @@ from ..ops.active import active_linear
 from ..ops.sparse import compress_sparse, sparse_arguments, sparse_linear
 from ..ops.sparse_training import sparse_linear_train, transposed_pattern
 from ..packing import BlockSparseWeight, ColumnWeight, SparseWeight
+from .packed_linear import PackedLinear
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(PackedLinear):
     """``y = x @ expand(weight).T + bias + add`` over a sparse weight.
 
     The packed tensors are not parameters and not part of ``state_dict()``, as in
@@ -31,22 +32,14 @@ class SparseLinear(nn.Module):
         torch.Size([2, 16])
     """
 
+    weight: SparseWeight | BlockSparseWeight
+
     def __init__(
         self, weight: SparseWeight | BlockSparseWeight, bias: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        super().__init__(weight, bias)
         # Decoding makes a hundred short calls a token: what does not change is looked up once.
         self._arguments = sparse_arguments(weight)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.k
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.n
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""
@@ -61,7 +54,7 @@ class SparseLinear(nn.Module):
         )
 
 
-class ActiveLinear(nn.Module):
+class ActiveLinear(PackedLinear):
     """``y = sum over k with |x[k]| > threshold of x[k] * w[:, k]``, plus bias and add.
 
     Args:
@@ -75,19 +68,11 @@ class ActiveLinear(nn.Module):
         [3.0, 3.0, 3.0]
     """
 
+    weight: ColumnWeight
+
     def __init__(self, weight: ColumnWeight, threshold: float, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight, bias)
         self.threshold = threshold
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.k
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.n
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""

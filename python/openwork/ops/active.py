@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._native import layouts
-from ..packing import COLUMN_LAYOUTS, ColumnWeight, column_bits
+from ..packing import COLUMN_LAYOUTS, ColumnWeight, value_bits
 from .checks import (
     check,
     check_contiguous,
@@ -22,7 +22,7 @@ from .checks import (
 
 active_linear_overload = torch.ops.openwork.active_linear.default
 
-_LAYOUT_OF_BITS = {column_bits(tag): tag for tag in COLUMN_LAYOUTS}
+_LAYOUT_OF_BITS = {value_bits(tag): tag for tag in COLUMN_LAYOUTS}
 
 
 def pack_columns(weight: Tensor) -> ColumnWeight:
@@ -214,7 +214,7 @@ def _check_columns(
     tags = layouts()
     got = tags[layout] if 0 <= layout < len(tags) else f"id {layout}"
     check(got in COLUMN_LAYOUTS, f"{op}: layout must be one of columns, got {got}")
-    bits = column_bits(got)
+    bits = value_bits(got)
     check_weight_size(op, n, k)
     sizes = (16, 32, 64, 128, k) if bits else (k,)
     text = f"16, 32, 64, 128 or k = {k}" if bits else f"k = {k}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._native import layouts
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 16
 
@@ -108,6 +110,17 @@ def check_weight_size(op: str, n: int, k: int) -> None:
         n < 2**31 and k < 2**31,
         f"{op}: weight must have fewer than 2^31 rows and columns, got n = {n}, k = {k}",
     )
+
+
+def checked_layout(op: str, layout: int, known: tuple[str, ...], maker: str) -> str:
+    """The tag with the id ``layout``, one of a family's."""
+    tags = layouts()
+    check(
+        0 <= layout < len(tags) and tags[layout] in known,
+        f"{op}: layout must be one this build reads, got id {layout}; "
+        f"re-pack with openwork.{maker}",
+    )
+    return tags[layout]
 
 
 def check_linear_x(op: str, x: Tensor, k: int) -> None:

@@ -16,6 +16,7 @@ from .checks import (
     check_operand,
     check_position,
 )
+from .compute import check_compute_id
 from .lowbit import check_lowbit
 
 _decoder_layers = torch.ops.openwork.decoder_layers.default
@@ -156,6 +157,6 @@ def _check_linear(
         f"{op}: weight must have n = {n} and k = {k}, got {got_n} and {got_k}",
     )
     check_lowbit(op, packed, scales, _or_none(op, "zeros", zeros), layout, n, k, group_size)
-    check(compute in (0, 1), f"{op}: compute must be 0 (float) or 1 (int8), got {compute}")
+    check_compute_id(op, compute)
     if _or_none(op, "bias", bias) is not None:
         check_operand(op, "bias", bias, dtype, [n])

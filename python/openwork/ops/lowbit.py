@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from .._native import layouts
-from ..packing import LOWBIT_LAYOUTS, PackedWeight, layout_for_bits
+from ..packing import LOWBIT_LAYOUTS, PackedWeight, layout_for_bits, value_bits
 from .checks import (
     MAX_DIM,
     check,
@@ -20,14 +17,13 @@ from .checks import (
     check_result_rank,
     check_shape,
     check_weight_size,
+    checked_layout,
     dtype_name,
     is_float,
     linear_result,
 )
+from .compute import Compute, check_compute_id, compute_id
 
-Compute = Literal["float", "int8"]
-
-_COMPUTE_IDS = {"float": 0, "int8": 1}
 # The overloads, looked up once: finding one by name costs half a microsecond a call.
 lowbit_linear_overload = torch.ops.openwork.lowbit_linear.default
 lowbit_embedding_overload = torch.ops.openwork.lowbit_embedding.default
@@ -161,14 +157,12 @@ def lowbit_arguments(
     Raises:
         ValueError: an unknown ``compute``.
     """
-    if compute not in _COMPUTE_IDS:
-        raise ValueError(f"lowbit_linear: compute must be 'float' or 'int8', got {compute!r}")
     return (weight.packed, weight.scales, weight.zeros), (
         weight.layout_id,
         weight.n,
         weight.k,
         weight.group_size,
-        _COMPUTE_IDS[compute],
+        compute_id("lowbit_linear", compute),
     )
 
 
@@ -261,10 +255,7 @@ def _lowbit_linear_fake(
     op = "lowbit_linear"
     check_linear_x(op, x, k)
     check_lowbit(op, packed, scales, zeros, layout, n, k, group_size)
-    check(
-        compute in _COMPUTE_IDS.values(),
-        f"{op}: compute must be 0 (float) or 1 (int8), got {compute}",
-    )
+    check_compute_id(op, compute)
     return linear_result(op, x, n, bias, add)
 
 
@@ -278,17 +269,7 @@ def check_lowbit(
     k: int,
     group_size: int,
 ) -> None:
-    tags = layouts()
-    check(
-        0 <= layout < len(tags) and tags[layout].startswith("w"),
-        f"{op}: layout must be one this build reads, got id {layout}; "
-        "re-pack with openwork.pack_lowbit",
-    )
-    check(
-        tags[layout] in LOWBIT_LAYOUTS,
-        f"{op}: layout must be that of a low-bit weight, got {tags[layout]}",
-    )
-    bits = int(tags[layout][1])
+    bits = value_bits(checked_layout(op, layout, LOWBIT_LAYOUTS, "pack_lowbit"))
     groups = _groups(op, n, k, group_size)
     check_dtype(op, "packed", packed, torch.uint8)
     check_shape(op, "packed", packed, _packed_shape(bits, n, k))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._native import layouts
-from ..packing import NmWeight, nm_layout_for_bits
+from ..packing import NM_LAYOUTS, NmWeight, nm_layout_for_bits, value_bits
 from .checks import (
     check,
     check_contiguous,
@@ -15,11 +14,11 @@ from .checks import (
     check_linear_x,
     check_operand,
     check_shape,
+    checked_layout,
     linear_result,
 )
-from .lowbit import Compute
+from .compute import Compute, check_compute_id, compute_id
 
-_COMPUTE_IDS = {"float": 0, "int8": 1}
 # Looked up once: finding an overload by name costs half a microsecond a call.
 nm_linear_overload = torch.ops.openwork.nm_linear.default
 
@@ -161,8 +160,6 @@ def nm_arguments(
     Raises:
         ValueError: an unknown ``compute``.
     """
-    if compute not in _COMPUTE_IDS:
-        raise ValueError(f"nm_linear: compute must be 'float' or 'int8', got {compute!r}")
     return (weight.values, weight.index, weight.scales), (
         weight.layout_id,
         weight.n,
@@ -170,7 +167,7 @@ def nm_arguments(
         *weight.pattern,
         weight.vector,
         weight.group_size,
-        _COMPUTE_IDS[compute],
+        compute_id("nm_linear", compute),
     )
 
 
@@ -239,13 +236,7 @@ def _check_nm(
     group_size: int,
 ) -> int:
     """Returns the bits of a value."""
-    tags = layouts()
-    check(
-        0 <= layout < len(tags) and tags[layout].startswith("nm"),
-        f"{op}: layout must be one this build reads, got id {layout}; "
-        "re-pack with openwork.compress_nm",
-    )
-    bits = int(tags[layout][2 : tags[layout].index("_")])
+    bits = value_bits(checked_layout(op, layout, NM_LAYOUTS, "compress_nm"))
     _check_geometry(op, n, k, kept, block, vector, bits, group_size)
     value_shape, index_shape = _packed_shapes(n, k, kept, block, vector, bits)
     check_operand(op, "values", values, _VALUE_TYPES[bits], value_shape)
@@ -283,7 +274,7 @@ def _nm_linear_fake(
             compute == 0,
             f"{op}: compute must be 0 (float) for values of 16 and 32 bits, got {compute}",
         )
-    check(compute in (0, 1), f"{op}: compute must be 0 (float) or 1 (int8), got {compute}")
+    check_compute_id(op, compute)
     return linear_result(op, x, n, bias, add)
 
 

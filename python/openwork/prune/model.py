@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from openwork.ops.lowbit import Compute
+from openwork.ops.compute import Compute
 from openwork.prune.flap import flap
 from openwork.prune.llm_pruner import llm_pruner
 from openwork.prune.masks import NM, Pattern, Unstructured

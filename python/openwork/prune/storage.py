@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from openwork.nn import LowbitLinear, NmLinear, SparseLinear
 from openwork.ops import compress_nm, compress_sparse, pack_lowbit, unpack_lowbit
-from openwork.ops.lowbit import Compute
+from openwork.ops.compute import Compute
 from openwork.prune.masks import NM, Pattern
 from openwork.prune.pruned import PrunedTensor
 

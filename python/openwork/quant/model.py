@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openwork.nn import LowbitEmbedding, LowbitLinear, NmLinear, SparseLinear
 from openwork.ops import pack_lowbit
-from openwork.ops.lowbit import Compute
+from openwork.ops.compute import Compute
 from openwork.quant.calibration import InputSecondMoment, calibrate
 from openwork.quant.gptq import gptq
 from openwork.quant.grid import Grid, QuantizedTensor, resolve_group_size
