@@ -100,4 +100,5 @@ def test_multiplying_by_the_pinned_bytes(
 
 
 def test_no_file_is_left_over() -> None:
-    assert {path.stem for path in FOLDER.glob("*.npz")} == set(openwork.layouts())
+    weights = {path.stem for path in FOLDER.glob("*.npz") if not path.stem.startswith("kv")}
+    assert weights == set(openwork.layouts())

@@ -38,7 +38,7 @@ INCLUDE_RULES = (
     (r"simd/.*", r"core/types\.h|simd/\w+\.h|immintrin\.h"),
     # Files compiled once for each tier, and the headers they share: no C++ library.
     (
-        r"kernels/(\w+)/\1_(?:\w*avx\w+|scalar|\w*body)\.(?:cpp|h)",
+        r"kernels/(\w+)/\1_(?:\w*avx\w+|\w*scalar|\w*body)\.(?:cpp|h)",
         rf"kernels/\1/\1\w*\.h|simd/\w+\.h|core/types\.h|immintrin\.h|{C_TYPES}",
     ),
     (r"kernels/(\w+)/\1\.h", rf"core/.*|{C_TYPES}"),

@@ -355,7 +355,9 @@ def _damaged_calls(draw: Draw, name: str) -> Raw:
 # Conditions on values, which a fake does not have.
 _ON_VALUES = (
     r"\w+: ((codes|zeros|ids|offsets|indices|weight) must be in 0 \.\.|scales must be finite|"
-    r"indptr must rise|(nnz|blocks) must be the number|"
+    r"((column_)?indptr|cu_seqlens_[qk]) must rise|(nnz|blocks) must be the number|"
+    r"max_(keys|rows|blocks)\b.* must be (the longest|that of|those of)|rows must be the|"
+    r"((column_)?nnz|indptr) must be (the last|that of)|(blocks|columns|slashes) must (?!be bool)|"
     r"(mask must keep|weight must have nonzeros in) at most|"
     r"block_table must hold|(key|value)_committed must (be at most|be whole groups)|"
     r"(key|value)_table must be finite|(lengths|counts|drop|begins) must be in 0 \.\.|"

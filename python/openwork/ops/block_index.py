@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -130,6 +132,7 @@ def _check_index(
     op: str,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    marks: Mapping[str, Tensor | None],
     windows: Tensor,
     sinks: Tensor,
     block_m: int,
@@ -148,6 +151,9 @@ def _check_index(
     )
     check_contiguous(op, "windows", windows)
     check_operand(op, "sinks", sinks, torch.int32, [windows.shape[0]])
+    for name, mark in marks.items():
+        if mark is not None:
+            check_dtype(op, name, mark, torch.bool)
     return [windows.shape[0], rows + 1]
 
 
@@ -165,7 +171,10 @@ def _offsets_fake(
     rows: int,
 ) -> tuple[Tensor, Tensor]:
     op = "block_index_offsets"
-    shape = _check_index(op, cu_seqlens_q, cu_seqlens_k, windows, sinks, block_m, block_n, rows)
+    marks = {"blocks": blocks, "columns": columns, "slashes": slashes}
+    shape = _check_index(
+        op, cu_seqlens_q, cu_seqlens_k, marks, windows, sinks, block_m, block_n, rows
+    )
     return windows.new_empty(shape), windows.new_empty(shape)
 
 
@@ -187,7 +196,10 @@ def _lists_fake(
     column_nnz: int,
 ) -> tuple[Tensor, Tensor]:
     op = "block_index_lists"
-    shape = _check_index(op, cu_seqlens_q, cu_seqlens_k, windows, sinks, block_m, block_n, rows)
+    marks = {"blocks": blocks, "columns": columns, "slashes": slashes}
+    shape = _check_index(
+        op, cu_seqlens_q, cu_seqlens_k, marks, windows, sinks, block_m, block_n, rows
+    )
     check_operand(op, "indptr", indptr, torch.int32, shape)
     check_operand(op, "column_indptr", column_indptr, torch.int32, shape)
     check(nnz >= 0, f"{op}: nnz must be at least 0, got {nnz}")
