@@ -154,6 +154,7 @@ def _check_index(
     for name, mark in marks.items():
         if mark is not None:
             check_dtype(op, name, mark, torch.bool)
+            check_contiguous(op, name, mark)
     return [windows.shape[0], rows + 1]
 
 
