@@ -390,6 +390,8 @@ def test_damaged_calls_are_refused_or_answered(name: str) -> None:
         real = _call(name, raw)
         with mode:
             fake = _call(name, fakes)
+        if "cannot extract" in str(fake):  # the value of a tensor that stands for a number
+            return
         if isinstance(real, tuple):
             assert isinstance(fake, tuple), fake
             assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]

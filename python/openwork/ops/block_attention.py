@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from .checks import (
     check_float,
     check_last_stride,
     check_operand,
+    check_scale,
     check_shape,
 )
 
@@ -268,7 +268,7 @@ def _block_attention_fake(
     for name, value in (("window", window), ("sinks", sinks), ("min_distance", min_distance)):
         check(value >= 0, f"{op}: {name} must be at least 0, got {value}")
         check(causal or value == 0, f"{op}: {name} must be 0 without causal, got {value}")
-    check(scale is None or math.isfinite(scale), f"{op}: scale must be finite, got {scale}")
+    check_scale(op, scale)
     _check_sequences(op, q, cu_seqlens_q, cu_seqlens_k)
     lists = (indptr, indices, column_indptr, columns, block_m, block_n)
     check_index(op, lists, q, k.shape[2], cu_seqlens_q is not None)

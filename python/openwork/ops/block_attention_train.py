@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..block_index import BlockIndex
 from .block_attention import _check_operands, _check_sequences, check_index, lists_of
-from .checks import check, check_dtype, check_operand, check_shape
+from .checks import check, check_dtype, check_operand, check_scale, check_shape
 
 _train = torch.ops.openwork.block_attention_train.default
 _backward_overload = torch.ops.openwork.block_attention_backward.default
@@ -123,7 +122,7 @@ def _check_call(
     for name, value in (("window", window), ("sinks", sinks), ("min_distance", min_distance)):
         check(value >= 0, f"{op}: {name} must be at least 0, got {value}")
         check(causal or value == 0, f"{op}: {name} must be 0 without causal, got {value}")
-    check(scale is None or math.isfinite(scale), f"{op}: scale must be finite, got {scale}")
+    check_scale(op, scale)
     _check_sequences(op, q, cu_seqlens_q, cu_seqlens_k)
     check_index(op, lists, q, k.shape[2], cu_seqlens_q is not None)
 

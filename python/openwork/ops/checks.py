@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,6 +66,12 @@ def check_last_stride(op: str, name: str, tensor: Tensor) -> None:
         tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
         f"{op}: {name} must have a last stride of 1, got {tensor.stride(-1)}",
     )
+
+
+def check_scale(op: str, scale: float | None) -> None:
+    """Kernels take a float32: a larger number is infinite there."""
+    rounded = 0.0 if scale is None else ctypes.c_float(scale).value
+    check(math.isfinite(rounded), f"{op}: scale must be finite, got {rounded}")
 
 
 def check_operand(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
