@@ -189,7 +189,7 @@ OW_INLINE void sum_width(const SparseGemmArgs& a, const float* x, int64_t begin,
   if constexpr (kWidth <= kWidest) sum_panels<int(kWidth / kLanes)>(a, x, begin, end, tile);
 }
 
-void run_tokens(const SparseGemmArgs& a, int64_t begin, int64_t end, float* tile) {
+[[maybe_unused]] void run_tokens(const SparseGemmArgs& a, int64_t begin, int64_t end, float* tile) {
   constexpr int64_t kTilePanels = kTileRows / kSparsePanel;
   for_each_token_panel(a.m, kWidest, [&](int64_t first, int64_t rows, int64_t width) {
     const float* x = a.x + first * k_padded_of(a.w);
@@ -224,7 +224,7 @@ OW_INLINE float* sample_row(uint64_t mask, const float* g, const float* x, int64
   return grad;
 }
 
-void run_sampled(const SampledGemmArgs& a, int64_t begin, int64_t end) {
+[[maybe_unused]] void run_sampled(const SampledGemmArgs& a, int64_t begin, int64_t end) {
   const SparsePattern& w = a.w;
   for_each_token_panel(a.m, kWidest, [&](int64_t first, int64_t, int64_t width) {
     const float* x = a.x + first * k_padded_of(w);
