@@ -30,7 +30,7 @@ inline void check_lists(const char* op, const char* indptr_name, const Tensor& i
 
 // Offsets rise from 0 to the number of items, through all heads.
 inline void check_list_offsets(const char* op, const char* name, const Tensor& indptr,
-                          const Tensor& items) {
+                               const Tensor& items) {
   const int32_t* at = static_cast<const int32_t*>(indptr.const_data_ptr());
   const int64_t rows = indptr.size(1) - 1;
   int32_t before = 0;
