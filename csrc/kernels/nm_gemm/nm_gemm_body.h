@@ -89,15 +89,22 @@ struct IndexLines {
   alignas(64) uint32_t words[5][kNmPanel];
 
   IndexLines(const uint8_t* from, int64_t count, int64_t lanes) {
-    for (int64_t line = 0; line < count; ++line, from += lanes * 4) {
-      uint32_t shared[2];
-      memcpy(shared, from, 4);
-      memcpy(shared + 1, from + (lanes == 2 ? 4 : 0), 4);
-      if (lanes == kNmPanel) {
-        memcpy(words[line], from, 64);
-      } else {
-        for (int i = 0; i < kNmPanel; ++i) words[line][i] = shared[i / 8];
+    if (lanes == kNmPanel) {
+      memcpy(words, from, size_t(count) * 64);
+      return;
+    }
+    // Spread from a copy: of words at a stride GCC 12 loads whole vectors, also past the last.
+    uint32_t shared[5][2];
+    if (lanes == 2) {
+      memcpy(shared, from, size_t(count) * 8);
+    } else {
+      for (int64_t line = 0; line < count; ++line) {
+        memcpy(&shared[line][0], from + line * 4, 4);
+        shared[line][1] = shared[line][0];
       }
+    }
+    for (int64_t line = 0; line < count; ++line) {
+      for (int i = 0; i < kNmPanel; ++i) words[line][i] = shared[line][i / 8];
     }
   }
 };
