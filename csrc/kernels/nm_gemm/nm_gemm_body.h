@@ -75,6 +75,23 @@ OW_INLINE void finish(const NmGemmArgs& a, int64_t row, int64_t n, const float* 
   }
 }
 
+// y of a panel of outputs, for `width` rows from `row` on, from sums [16][width].
+OW_INLINE void finish_tile(const NmGemmArgs& a, int64_t panel, int64_t row, int64_t width,
+                           const float* sums) {
+  for (int64_t t = 0; t < width; t += kLanes) {
+    alignas(64) float totals[kLanes][kNmPanel];
+    for (int64_t lane = 0; lane < kNmPanel; lane += kLanes) {
+      VecF tile[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(sums + (lane + j) * width + t);
+      transpose(tile);
+      for (int64_t j = 0; j < kLanes; ++j) store(totals[j] + lane, tile[j]);
+    }
+    for (int64_t j = 0; j < min_of(kLanes, a.m - row - t); ++j) {
+      finish(a, row + t + j, panel * kNmPanel, totals[j]);
+    }
+  }
+}
+
 // --- decoding ------------------------------------------------------------------------------------
 
 // Slots of one unit of a panel, unpacked. Plain loops over 16 lanes: the compiler makes one vector
