@@ -158,6 +158,8 @@ class H2O:
 class _H2OLayer(LayerPolicy):
     """H2O with the scores of the tokens that are held."""
 
+    stateful = True
+
     def __init__(self, policy: H2O) -> None:
         self._policy = policy
         self._scores = torch.empty(0)

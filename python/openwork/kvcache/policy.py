@@ -117,9 +117,15 @@ class PageChoice(NamedTuple):
 
 
 class LayerPolicy:
-    """The policy of one layer. This one keeps every token and reads it at each step."""
+    """The policy of one layer. This one keeps every token and reads it at each step.
+
+    Attributes:
+        pages: which pages steps read; None for all.
+        stateful: whether it keeps account of the tokens of all sequences between calls.
+    """
 
     pages: PageChoice | None = None
+    stateful: bool = False
 
     def compress(self, prompt: Prompt) -> Kept | None:
         """Which tokens of a prompt to keep; None for all."""

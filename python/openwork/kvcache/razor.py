@@ -46,6 +46,7 @@ class _RazorLayer(LayerPolicy):
         self._retrieval = retrieval.view(1, -1, 1)
         self._streaming = Recency(policy.sinks, policy.recent)
         self._gone = Compensation() if policy.compensation else None
+        self.stateful = policy.compensation
 
     def compress(self, prompt: Prompt) -> Kept | None:
         kept = self._streaming.compress(prompt)
