@@ -203,7 +203,7 @@ def roll_back(layers: Sequence[LayerCache], n: int) -> None:
     Raises:
         ValueError: more than one of them can; all are as before.
     """
-    most = min(layer.revocable for layer in layers)
+    most = min((layer.revocable for layer in layers), default=n)
     if not 0 <= n <= most:
         raise ValueError(
             f"rollback: at most {most} tokens can be taken back, as the policy has seen the step "

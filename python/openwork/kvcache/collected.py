@@ -56,6 +56,11 @@ class Collected:
                 self._chunks.append(Tokens(*(x[:, : t - n] for x in last)))
             n -= min(t, n)
 
+    def reorder(self, order: Tensor) -> None:
+        """Let sequence ``i`` be what ``order[i]`` was."""
+        self.starts = None if self.starts is None else self.starts[order]
+        self._chunks = [Tokens(*(x[order] for x in self.joined()))]
+
     def joined(self) -> Tokens:
         """All of them; a prompt of one chunk is not copied."""
         if len(self._chunks) > 1:

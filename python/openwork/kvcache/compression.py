@@ -10,6 +10,7 @@ from torch import Tensor
 from openwork import ops
 from openwork.kv_pages import KVPages
 from openwork.kvcache.collected import Tokens
+from openwork.kvcache.formats import Format
 from openwork.kvcache.policy import Kept, LayerPolicy, Prompt
 
 
@@ -30,9 +31,46 @@ def column_scores(
     return scores
 
 
+def held_scores(q: Tensor, keys: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """What queries, the last tokens held, attend to each key with in sum: ``[b, h, n]`` float32.
+
+    Args:
+        q: ``[b, t, h, d]``.
+        keys: ``[b, g, n, d]``, rotated.
+        lengths: ``[b, g]`` int64, tokens held.
+        scale: of the scores.
+    """
+    b, t, h, d = q.shape
+    g, n = keys.shape[1:3]
+    grouped = q.view(b, t, g, h // g, d).permute(0, 2, 3, 1, 4)
+    scores = (grouped.float() @ keys.float().unsqueeze(2).transpose(-1, -2)) * scale
+    last = lengths.view(b, g, 1, 1, 1) - t + torch.arange(t).view(-1, 1)
+    scores = scores.masked_fill(torch.arange(n) > last, -torch.inf)
+    return scores.softmax(-1).sum(3).flatten(1, 2)
+
+
 def columns_of(tokens: Tokens, scale: float) -> Callable[[int], Tensor]:
     """:func:`column_scores` of a prompt's last queries."""
     return lambda last: column_scores(tokens.q, tokens.rotated, tokens.values, last, scale)
+
+
+def check_padding(format: Format, policy: LayerPolicy) -> None:
+    """Refuse what cannot hold sequences of different lengths.
+
+    Raises:
+        ValueError: a format that counts positions from the first token of all, or a stateful
+            policy.
+    """
+    if format.rotate != "stored" or format.exact_first:
+        raise ValueError(
+            'padding: a format with rotate = "stored" and exact_first = 0 expected, got '
+            f'"{format.rotate}" and {format.exact_first}'
+        )
+    if policy.stateful:
+        raise ValueError(
+            "padding: a policy without an account of all sequences expected, got "
+            f"{type(policy).__name__.strip('_')}; run sequences of different lengths one by one"
+        )
 
 
 def compress_padded(

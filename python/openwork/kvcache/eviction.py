@@ -179,6 +179,10 @@ class _H2OLayer(LayerPolicy):
             self._scores = _kept(self._scores, mask)
         return mask
 
+    def reorder(self, order: Tensor) -> None:
+        if self._scores.numel():
+            self._scores = self._scores[order]
+
     def _keep(self, scores: Tensor) -> Tensor | None:
         n = scores.shape[-1]
         if n <= self._policy.budget:

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from openwork import ops
 from openwork.kvcache.collected import Collected, Tokens
-from openwork.kvcache.compression import append_kept, columns_of, compress_padded, kept_tokens
+from openwork.kvcache.compression import (
+    append_kept,
+    check_padding,
+    columns_of,
+    compress_padded,
+    held_scores,
+    kept_tokens,
+)
 from openwork.kvcache.formats import Format
 from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt, State
+from openwork.kvcache.selection import Selection
 
 # Queries that one operator reads the pages for.
 _DECODE = 8
@@ -67,6 +75,7 @@ class LayerCache:
             batch * kv_heads, head_dim, max_len, page_size, dtype,
             drafts=drafts, bounds=policy.pages is not None,
         )  # fmt: skip
+        self.batch = batch
         self._shape = batch, heads, kv_heads, head_dim
         self._format, self._policy, self.drafts = format, policy, drafts
         self._cos: Tensor | None = None
@@ -83,8 +92,7 @@ class LayerCache:
         self._step_q: Tensor | None = None
         self._settled = 0  # last tokens of those behind that which can be taken back
         self._exact: tuple[Tensor, Tensor] | None = None
-        self._selected: Tensor | None = None
-        self._selected_at, self._newest = -1, -1
+        self._selection = Selection(policy.pages, self.pages)
 
     @property
     def lengths(self) -> Tensor:
@@ -153,7 +161,8 @@ class LayerCache:
             self._scale = scale
         self.settle()
         if self._prompt is None and self.seen == 0:
-            self._check_starts(starts)
+            if starts is not None:
+                check_padding(self._format, self._policy)
             self._prompt = Collected(starts)
         t = q.shape[1]
         if self._prompt is not None:
@@ -217,7 +226,27 @@ class LayerCache:
         ops.kv_rollback(self.pages, torch.full_like(self.pages.lengths[:, 0], n))
         if n >= self.pages.page_size:  # fewer are about to be written again
             self.pages.trim()
-        self._selected = None
+        self._selection.forget()
+
+    def reorder(self, order: Tensor) -> None:
+        """Let sequence ``i`` go on as ``order[i]`` was; pages that several go on from are shared.
+
+        Args:
+            order: ``[b]`` int64.
+        """
+        b, _, g, _ = self._shape
+        if torch.equal(order, torch.arange(b)):
+            return
+        self.pages.reorder((order.unsqueeze(-1) * g + torch.arange(g)).flatten())
+        if self._prompt is not None:
+            self._prompt.reorder(order)
+        elif self.seen:  # policies have seen nothing of a prompt that waits
+            self._policy.reorder(order)
+        if self._step_q is not None:
+            self._step_q = self._step_q[order]
+        if self._exact is not None:
+            self._exact = self._exact[0][order], self._exact[1][order]
+        self._selection.forget()
 
     def take(
         self,
@@ -251,20 +280,6 @@ class LayerCache:
             kept = Kept(torch.ones(prompt.keys.shape[:3], dtype=torch.bool))
         append_kept(self.pages, prompt, kept, first)
 
-    def _check_starts(self, starts: Tensor | None) -> None:
-        if starts is None:
-            return
-        if self._format.rotate != "stored" or self._format.exact_first:
-            raise ValueError(
-                "padding: a format that stores rotated keys, none of them apart, expected, got "
-                f"{self._format}"
-            )
-        if self._policy.stateful:
-            raise ValueError(
-                f"padding: a policy that keeps no account of all sequences at once expected, got "
-                f"{type(self._policy).__name__}"
-            )
-
     def _append(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
         t = keys.shape[1]
         stored = rotated if self._format.rotate == "stored" else keys
@@ -289,7 +304,7 @@ class LayerCache:
         o, lse = ops.paged_attention(
             rows,
             self.pages,
-            selected=self._choose(rows),
+            selected=self._selection.of(rows, self.seen),
             scale=self._scale,
             return_lse=True,
             cos=self._cos,
@@ -336,24 +351,6 @@ class LayerCache:
                 state = State(*ops.merge_states(*state, *other))
         return state.o
 
-    def _choose(self, rows: Tensor) -> Tensor | None:
-        """Places of the pages to read, or None for all."""
-        choice = self._policy.pages
-        if choice is None:
-            return None
-        newest = (int(self.pages.lengths.max()) - 1) // self.pages.page_size
-        age = self.seen - self._selected_at
-        if self._selected is None or age >= choice.refresh or newest != self._newest:
-            self._selected = ops.select_pages(
-                rows,
-                self.pages,
-                max(1, choice.tokens // self.pages.page_size),
-                method=choice.method,
-                reduce=choice.reduce,
-            )
-            self._selected_at, self._newest = self.seen, newest
-        return self._selected
-
     def _read(self) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values of every row: ``[b g, n, d]``; zeros past a row's length."""
         keys, values = (x.squeeze(1) for x in ops.kv_read(self.pages))
@@ -369,24 +366,17 @@ class LayerCache:
 
     def _trim(self, q: Tensor) -> bool:
         """Let the policy drop tokens after a step; whether it did."""
-        b, h, g, d = self._shape
-        t = q.shape[1]
+        b, _, g, d = self._shape
         lengths = self.pages.lengths.view(b, g).long()
 
         def columns() -> Tensor:
-            keys = self._read()[0].view(b, g, -1, d)
-            n = keys.shape[2]
-            grouped = q.view(b, t, g, h // g, d).permute(0, 2, 3, 1, 4)
-            scores = (grouped.float() @ keys.float().unsqueeze(2).transpose(-1, -2)) * self._scale
-            last = lengths.view(b, g, 1, 1, 1) - t + torch.arange(t).view(-1, 1)
-            scores = scores.masked_fill(torch.arange(n) > last, -torch.inf)
-            return scores.softmax(-1).sum(3).flatten(1, 2)
+            return held_scores(q, self._read()[0].view(b, g, -1, d), lengths, self._scale)
 
         def read() -> tuple[Tensor, Tensor]:
             keys, values = ops.kv_read(self.pages)
             return keys.view(b, g, -1, d), values.view(b, g, -1, d)
 
-        mask = self._policy.trim(Held(lengths, t, columns, read))
+        mask = self._policy.trim(Held(lengths, q.shape[1], columns, read))
         if mask is None:
             return False
         kept = kept_tokens(mask.flatten(0, 1))

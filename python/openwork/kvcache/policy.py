@@ -139,6 +139,9 @@ class LayerPolicy:
         """Attention of ``q [b, t, h, d]`` to what stands for dropped tokens; None for none."""
         return None
 
+    def reorder(self, order: Tensor) -> None:
+        """Sequence ``i`` goes on as ``order[i]`` was, and what is kept account of with it."""
+
 
 class Policy(Protocol):
     """What a :class:`~openwork.kvcache.Cache` keeps and reads."""

@@ -66,6 +66,10 @@ class _RazorLayer(LayerPolicy):
     def elsewhere(self, q: Tensor, scale: float) -> State | None:
         return None if self._gone is None else self._gone.state(q, scale)
 
+    def reorder(self, order: Tensor) -> None:
+        if self._gone is not None:
+            self._gone.reorder(order)
+
 
 class Compensation:
     """Mean key and value of the tokens that each head has dropped.
@@ -92,6 +96,12 @@ class Compensation:
         )
         before = self._sums or tuple(map(torch.zeros_like, more))
         self._sums = more[0] + before[0], more[1] + before[1], more[2] + before[2]
+
+    def reorder(self, order: Tensor) -> None:
+        """Let sequence ``i`` have the means of ``order[i]``."""
+        if self._sums is not None:
+            keys, values, count = self._sums
+            self._sums = keys[order], values[order], count[order]
 
     def state(self, q: Tensor, scale: float) -> State | None:
         """Attention of ``q [b, t, h, d]`` to the means; None before anything was dropped."""
