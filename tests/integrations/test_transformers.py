@@ -138,7 +138,7 @@ def test_refuses() -> None:
     with torch.inference_mode(), pytest.raises(ValueError, match="padding on the left expected"):
         model(TOKENS, attention_mask=mask)
     for policy, format, message in (
-        (H2O(20, 10), Format(), "a policy without an account of all sequences expected, got H2O"),
+        (H2O(20, 10), Format(), "a policy that keeps no account of tokens expected, got H2O"),
         (KeepAll(), Format(exact_first=4), 'exact_first = 0 expected, got "stored" and 4'),
     ):
         cache = PagedCache(model, 120, batch=2, policy=policy, format=format)

@@ -213,7 +213,8 @@ def test_reordered_caches_go_on_as_their_origins(policy: Policy) -> None:
             caches[0].reorder_cache(order)
             for part in after.split([1, 12, 1, 46], dim=1):
                 a, b = (model(part, cache=cache).logits for cache in caches)
-                assert torch.equal(a, b)
+                # A product may depend on its row's place in the batch, and a code on that.
+                assert torch.allclose(a, b, atol=0.1 if "format" in options else 1e-4)
                 order2 = torch.tensor([1, 1, 0])
                 for cache in caches:
                     cache.reorder_cache(order2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -21,6 +22,7 @@ from openwork.kvcache import (
     LayerCache,
     LServe,
     Policy,
+    Prompt,
     Quest,
     Razor,
     Recency,
@@ -29,6 +31,8 @@ from openwork.kvcache import (
 )
 from openwork.models import Llama, generate
 from openwork.models.llama import dense_attention
+
+from .prompts import probabilities
 
 H, G, D, N = 6, 2, 16, 300
 SOME = torch.tensor([[True, False], [False, True]])
@@ -125,12 +129,12 @@ def test_takes_back_as_far_as_nothing_was_dropped(format: Format) -> None:
 
 
 def feed_chunks(tokens: Tokens, layer: LayerCache, chunks: Sequence[int]) -> Tensor:
-    layer.collecting = True
+    layer.collecting = "whole"
     outputs, place = [], 0
     for t in chunks:
         outputs.append(tokens.feed(layer, place, place + t))
         place += t
-    layer.collecting = False
+    layer.collecting = None
     return torch.cat(outputs, 1)
 
 
@@ -146,6 +150,76 @@ def test_chunks_of_a_prompt_are_one(policy: Policy, format: Format) -> None:
     chunked.settle()
     assert_same(whole, chunked)
     assert torch.equal(tokens.feed(whole, 130, 133), tokens.feed(chunked, 130, 133))
+
+
+def compress(tokens: Tokens, policy: Policy, q: slice, places: Tensor) -> Tensor:
+    """What a policy keeps of the tokens at ``places [b, g, n]``, by the queries of ``q``."""
+    n = q.stop
+    queries = ops.rope(tokens.qkv[:, q, :H], tokens.cos[q], tokens.sin[q])
+    keys = ops.rope(tokens.qkv[:, :n, H : H + G], tokens.cos[:n], tokens.sin[:n]).transpose(1, 2)
+    values = tokens.qkv[:, :n, H + G :].transpose(1, 2)
+    held = [x.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, D)) for x in (keys, values)]
+    p = probabilities(queries, held[0]).float()
+
+    def columns(last: int) -> Tensor:
+        return p[:, :, p.shape[2] - last if last else 0 :].sum(2)
+
+    kept = policy.layer(0).compress(Prompt(held[0], held[1], columns))
+    assert kept is not None
+    return kept.mask
+
+
+@pytest.mark.parametrize("name", ["snapkv", "tova", "adakv"])
+def test_bounded_memory_holds_a_budget_and_a_chunk(name: str) -> None:
+    """The policy written out, a chunk at a time, picks the same tokens."""
+    tokens, policy = Tokens(), POLICIES[name]
+    layer = new_layer(policy, Format())
+    layer.collecting = "bounded"
+    most = 80 if name == "adakv" else 40  # all of a sequence's budget may go to one head
+    places, chunk = torch.empty(2, G, 0, dtype=torch.int64), 0
+    for begin, end in ((0, 70), (70, 130), (130, 141), (141, 190)):
+        if begin:
+            mask = compress(tokens, policy, slice(begin - chunk, begin), places)
+            kept = int(mask.sum(-1).max())
+            # Heads that keep fewer hold their newest tokens besides.
+            for _ in range(kept):
+                short = mask.sum(-1) < kept
+                newest = (~mask * torch.arange(1, mask.shape[-1] + 1)).argmax(-1, keepdim=True)
+                mask = mask | mask.scatter(-1, newest, True) & short.unsqueeze(-1)
+            places = places[mask].view(2, G, kept)
+        chunk = end - begin
+        places = torch.cat((places, torch.arange(begin, end).expand(2, G, chunk)), -1)
+        tokens.feed(layer, begin, end)
+        assert layer.lengths.unique().tolist() == [places.shape[-1]]
+        assert places.shape[-1] <= most + chunk and layer.seen == end
+        assert layer.revocable == chunk
+    layer.collecting = None
+    layer.settle()
+    mask = compress(tokens, policy, slice(141, 190), places)
+    keys = ops.rope(tokens.qkv[:, :, H : H + G], tokens.cos, tokens.sin).transpose(1, 2)
+    read = ops.kv_read(layer.pages)[0].view(2, G, -1, D)
+    for s in range(2):
+        for g in range(G):
+            expected = keys[s, g, places[s, g][mask[s, g]]]
+            assert torch.equal(read[s, g, : len(expected)], expected)
+            assert int(layer.lengths[s, g]) == len(expected)
+    assert tokens.feed(layer, 190, 195).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["keep", "snapkv", "ems", "quest", "lserve"])
+def test_bounded_memory_with_room_is_the_whole_prompt(name: str) -> None:
+    tokens, policy = Tokens(), POLICIES[name]
+    if name in ("snapkv", "ems"):
+        policy = dataclasses.replace(policy, budget=200)  # type: ignore[type-var]
+    whole, chunked = new_layer(policy, Format()), new_layer(policy, Format(), drafts=4)
+    expected = tokens.feed(whole, 0, 130)
+    chunked.collecting = "bounded"
+    got = [tokens.feed(chunked, *part) for part in ((0, 60), (60, 100), (100, 134))]
+    chunked.rollback(4)
+    chunked.collecting = None
+    chunked.settle()
+    assert torch.allclose(torch.cat(got, 1)[:, :130], expected, atol=1e-5)
+    assert_same(whole, chunked)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +262,10 @@ def test_refuses(model: Llama) -> None:
         with pytest.raises(ValueError, match="prefilling: an empty cache expected, got 60"):
             cache.prefilling().__enter__()
         assert cache.length == 60
+    for policy, format in ((H2O(30, 10), Format()), (KeepAll(), Format(rotate="read"))):
+        cache = Cache(model, 120, policy=policy, format=format)
+        with pytest.raises(ValueError, match="prefilling in bounded memory: a .* expected, got"):
+            cache.prefilling(bounded=True).__enter__()
     cache = Cache(model, 120, policy=SnapKV(40, window=8))
     with torch.inference_mode():
         for part in tokens.split([50, 8, 2], dim=1):

@@ -157,12 +157,12 @@ class PagedCache(transformers.Cache):
         return sum(x.nbytes for x in self._held) + sum(x.nbytes for x in windows if x is not None)
 
     @contextmanager
-    def prefilling(self) -> Iterator[None]:
+    def prefilling(self, *, bounded: bool = False) -> Iterator[None]:
         """Within it, tokens come that are one prompt, in chunks.
 
         See :meth:`openwork.kvcache.Cache.prefilling`.
         """
-        with prefilling(self._held):
+        with prefilling(self._held, bounded=bounded):
             yield
 
     def crop(self, tokens_to_remove: int) -> None:

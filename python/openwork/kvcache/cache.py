@@ -20,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from openwork.kvcache.compression import check_plain
 from openwork.kvcache.formats import Format
 from openwork.kvcache.layer import LayerCache
 from openwork.kvcache.policy import KeepAll, Policy
@@ -109,15 +110,21 @@ class Cache:
         return sum(layer.nbytes for layer in self.layers)
 
     @contextmanager
-    def prefilling(self) -> Iterator[None]:
+    def prefilling(self, *, bounded: bool = False) -> Iterator[None]:
         """Within it, tokens come that are one prompt, in chunks of any length.
 
         Each chunk attends to all of the prompt so far, and the policy sees the prompt as a whole
         when the context ends: what is kept then is what is kept of a prompt given at once. Until
         then keys, values and queries of the whole prompt are held as they came.
 
+        Args:
+            bounded: hold one chunk and what the policy keeps of those before it, as they came; it
+                judges by the queries of one chunk at a time, and a head holds as many tokens as the
+                one that keeps most. Another text may come of it.
+
         Raises:
-            ValueError: a cache that holds tokens.
+            ValueError: a cache that holds tokens; bounded, with a policy that keeps account of
+                tokens (H2O, Razor), or a format that rotates when reading or keeps tokens apart.
 
         Example:
             >>> from openwork.kvcache import Cache, SnapKV
@@ -132,7 +139,7 @@ class Cache:
             >>> cache.length, cache.held.tolist()
             (200, [[[32, 32]]])
         """
-        with prefilling(self.layers):
+        with prefilling(self.layers, bounded=bounded):
             yield
 
     def rollback(self, n: int) -> None:
@@ -177,22 +184,23 @@ class Cache:
 
 
 @contextmanager
-def prefilling(layers: Sequence[LayerCache]) -> Iterator[None]:
+def prefilling(layers: Sequence[LayerCache], *, bounded: bool) -> Iterator[None]:
     """Let layers collect a prompt that comes in chunks, and take it up at the end.
 
-    Raises:
-        ValueError: layers that hold tokens.
+    See :meth:`Cache.prefilling`.
     """
     for layer in layers:
         if layer.seen:
             raise ValueError(f"prefilling: an empty cache expected, got {layer.seen} tokens")
+        if bounded:
+            check_plain("prefilling in bounded memory", layer.format, layer.policy)
     for layer in layers:
-        layer.collecting = True
+        layer.collecting = "bounded" if bounded else "whole"
     try:
         yield
     finally:
         for layer in layers:
-            layer.collecting = False
+            layer.collecting = None
             if layer.drafts == 0:
                 layer.settle()
 

@@ -54,22 +54,26 @@ def columns_of(tokens: Tokens, scale: float) -> Callable[[int], Tensor]:
     return lambda last: column_scores(tokens.q, tokens.rotated, tokens.values, last, scale)
 
 
-def check_padding(format: Format, policy: LayerPolicy) -> None:
-    """Refuse what cannot hold sequences of different lengths.
+def check_plain(what: str, format: Format, policy: LayerPolicy) -> None:
+    """Refuse what depends on every token's place in the text, or on which tokens were dropped.
+
+    Args:
+        what: asks for it.
+        format, policy: of a layer.
 
     Raises:
-        ValueError: a format that counts positions from the first token of all, or a stateful
+        ValueError: a format that rotates when reading or keeps first tokens apart, or a stateful
             policy.
     """
     if format.rotate != "stored" or format.exact_first:
         raise ValueError(
-            'padding: a format with rotate = "stored" and exact_first = 0 expected, got '
+            f'{what}: a format with rotate = "stored" and exact_first = 0 expected, got '
             f'"{format.rotate}" and {format.exact_first}'
         )
     if policy.stateful:
         raise ValueError(
-            "padding: a policy without an account of all sequences expected, got "
-            f"{type(policy).__name__.strip('_')}; run sequences of different lengths one by one"
+            f"{what}: a policy that keeps no account of tokens expected, got "
+            f"{type(policy).__name__.strip('_')}"
         )
 
 
@@ -87,11 +91,11 @@ def compress_padded(
     Returns:
         The prompt, and what is kept of it; padding is not.
     """
-    whole = _prompt(tokens, scale)
+    whole = prompt_of(tokens, scale)
     mask = torch.zeros(whole.keys.shape[:3], dtype=torch.bool)
     keys, values = whole.keys.clone(), whole.values.clone()
     for s, start in enumerate(starts.tolist()):
-        own = _prompt(Tokens(*(x[s : s + 1, start:] for x in tokens)), scale)
+        own = prompt_of(Tokens(*(x[s : s + 1, start:] for x in tokens)), scale)
         kept = policy.compress(own)
         mask[s, :, start:] = True if kept is None else kept.mask[0]
         if kept is not None and kept.keys is not None and kept.values is not None:
@@ -99,7 +103,8 @@ def compress_padded(
     return whole, Kept(mask, keys, values)
 
 
-def _prompt(tokens: Tokens, scale: float) -> Prompt:
+def prompt_of(tokens: Tokens, scale: float) -> Prompt:
+    """A prompt of rotated keys, as policies see it."""
     keys, values = tokens.rotated.transpose(1, 2), tokens.values.transpose(1, 2)
     return Prompt(keys, values, columns_of(tokens, scale))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from openwork import ops
 from openwork.kvcache.collected import Collected, Tokens
 from openwork.kvcache.compression import (
     append_kept,
-    check_padding,
+    check_plain,
     columns_of,
     compress_padded,
     held_scores,
     kept_tokens,
+    prompt_of,
 )
 from openwork.kvcache.formats import Format
 from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt, State
@@ -51,8 +52,8 @@ class LayerCache:
     Attributes:
         pages: the tokens held. Row ``s * kv_heads + g`` is a sequence of one head there, since
             heads hold different numbers of tokens.
-        collecting: a prompt comes in chunks; it is taken up as a whole by the :meth:`settle` after
-            this is false again.
+        collecting: a prompt comes in chunks: "whole", to be taken up as one by the :meth:`settle`
+            after this is None again, or "bounded", compressed before each further chunk.
         seen: tokens that came, the position of the next one.
     """
 
@@ -77,7 +78,7 @@ class LayerCache:
         )  # fmt: skip
         self.batch = batch
         self._shape = batch, heads, kv_heads, head_dim
-        self._format, self._policy, self.drafts = format, policy, drafts
+        self.format, self.policy, self.drafts = format, policy, drafts
         self._cos: Tensor | None = None
         self._sin: Tensor | None = None
         if format.rotate != "stored":
@@ -86,7 +87,7 @@ class LayerCache:
             self._cos, self._sin = rope
         self._scale = 1 / math.sqrt(head_dim)
         self.seen = 0
-        self.collecting = False
+        self.collecting: Literal["whole", "bounded"] | None = None
         self._prompt: Collected | None = None
         # Queries of a step that quantization and the policy wait to see.
         self._step_q: Tensor | None = None
@@ -115,7 +116,7 @@ class LayerCache:
     def revocable(self) -> int:
         """The last tokens that :meth:`rollback` can take back."""
         if self._prompt is not None:
-            return int(self.lengths.min())
+            return min(int(self.lengths.min()), self._prompt.tokens.q.shape[1])
         return self._settled + (0 if self._step_q is None else self._step_q.shape[1])
 
     def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, prompt: PromptAttention) -> Tensor:
@@ -124,7 +125,7 @@ class LayerCache:
         t = qkv.shape[1]
         q, keys, values = qkv[:, :, :h], qkv[:, :, h : h + g], qkv[:, :, h + g :]
         self.settle()
-        if self._format.rotate == "place" and self._cos is not None and self._sin is not None:
+        if self.format.rotate == "place" and self._cos is not None and self._sin is not None:
             place = int(self.lengths.max())
             cos, sin = self._cos[place : place + t], self._sin[place : place + t]
         q, rotated = ops.rope(q, cos, sin), ops.rope(keys, cos, sin)
@@ -160,16 +161,10 @@ class LayerCache:
         if scale is not None:
             self._scale = scale
         self.settle()
-        if self._prompt is None and self.seen == 0:
-            if starts is not None:
-                check_padding(self._format, self._policy)
-            self._prompt = Collected(starts)
         t = q.shape[1]
-        if self._prompt is not None:
-            self._prompt.add(Tokens(q, keys, rotated, values))
-            self.seen += t
-            whole = self._prompt.joined()
-            o = prompt(q, whole.rotated.transpose(1, 2), whole.values.transpose(1, 2))
+        if self._prompt is not None or self.seen == 0:
+            _, _, rotated, values = self._collect(Tokens(q, keys, rotated, values), starts).tokens
+            o = prompt(q, rotated.transpose(1, 2), values.transpose(1, 2))
             if self.drafts == 0:
                 self.settle()
             return o
@@ -183,15 +178,34 @@ class LayerCache:
             self.settle()
         return o
 
+    def _collect(self, chunk: Tokens, starts: Tensor | None) -> Collected:
+        """The prompt so far with one more chunk."""
+        self.seen += chunk.q.shape[1]
+        if self._prompt is None:
+            if starts is not None:
+                check_plain("padding", self.format, self.policy)
+                if self.collecting == "bounded":
+                    raise ValueError("padding: prefilling in memory that is not bounded expected")
+            self._prompt = Collected(chunk, starts)
+            return self._prompt
+        if self.collecting == "bounded":
+            prompt = prompt_of(self._prompt.tokens, self._scale)
+            kept = self.policy.compress(prompt)
+            if kept is not None:
+                self._prompt.shrink(kept)
+        self._prompt.add(chunk)
+        return self._prompt
+
     def settle(self) -> None:
         """Take up what waits: a prompt, unless more of it comes, or the last step."""
-        if self._prompt is not None and not self.collecting:
-            tokens, starts = self._prompt.joined(), self._prompt.starts
+        if self._prompt is not None and self.collecting is None:
+            tokens, starts = self._prompt.tokens, self._prompt.starts
             self._prompt = None
             if starts is None:
                 self.take(*tokens[1:], columns_of(tokens, self._scale))
+                self._settled = min(self._settled, tokens.q.shape[1])
             else:
-                prompt, kept = compress_padded(self._policy, tokens, starts, self._scale)
+                prompt, kept = compress_padded(self.policy, tokens, starts, self._scale)
                 lengths = (prompt.length - starts).unsqueeze(-1)
                 dropped = bool((kept.mask.sum(-1) < lengths).any())
                 self._settled = 0 if dropped else int(lengths.min())
@@ -201,7 +215,7 @@ class LayerCache:
             if self.drafts:
                 ops.kv_commit(self.pages)
             self._settled += q.shape[1]
-            if self._trim(q) or self._policy.stateful:
+            if self._trim(q) or self.policy.stateful:
                 self._settled = 0
 
     def rollback(self, n: int) -> None:
@@ -241,7 +255,7 @@ class LayerCache:
         if self._prompt is not None:
             self._prompt.reorder(order)
         elif self.seen:  # policies have seen nothing of a prompt that waits
-            self._policy.reorder(order)
+            self.policy.reorder(order)
         if self._step_q is not None:
             self._step_q = self._step_q[order]
         if self._exact is not None:
@@ -264,25 +278,25 @@ class LayerCache:
             columns: see :class:`~openwork.kvcache.Prompt`.
         """
         n = keys.shape[1]
-        first = min(self._format.exact_first, n)
+        first = min(self.format.exact_first, n)
         if first:
             self._exact = rotated[:, :first].clone(), values[:, :first].clone()
-        stored = rotated if self._format.rotate == "stored" else keys
+        stored = rotated if self.format.rotate == "stored" else keys
         prompt = Prompt(
             stored[:, first:].transpose(1, 2),
             values[:, first:].transpose(1, 2),
             lambda last: columns(last)[..., first:],
         )
-        kept = self._policy.compress(prompt) if n > first else None
-        self.seen = n
-        self._settled = n if kept is None and not self._policy.stateful else 0
+        kept = self.policy.compress(prompt) if n > first else None
+        self.seen = max(self.seen, n)  # a prompt in bounded memory has lost some
+        self._settled = n if kept is None and not self.policy.stateful else 0
         if kept is None:
             kept = Kept(torch.ones(prompt.keys.shape[:3], dtype=torch.bool))
         append_kept(self.pages, prompt, kept, first)
 
     def _append(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
         t = keys.shape[1]
-        stored = rotated if self._format.rotate == "stored" else keys
+        stored = rotated if self.format.rotate == "stored" else keys
         positions = None
         if self.pages.positions is not None:
             positions = torch.arange(self.seen, self.seen + t, dtype=torch.int32)
@@ -342,7 +356,7 @@ class LayerCache:
 
     def _merged(self, q: Tensor, state: State) -> Tensor:
         """The output, with what is held elsewhere than in pages."""
-        more = [self._policy.elsewhere(q, self._scale)]
+        more = [self.policy.elsewhere(q, self._scale)]
         if self._exact is not None:
             options: dict[str, Any] = {"causal": False, "scale": self._scale, "return_lse": True}
             more.append(State(*ops.block_attention(q, *self._exact, **options)))
@@ -376,7 +390,7 @@ class LayerCache:
             keys, values = ops.kv_read(self.pages)
             return keys.view(b, g, -1, d), values.view(b, g, -1, d)
 
-        mask = self._policy.trim(Held(lengths, q.shape[1], columns, read))
+        mask = self.policy.trim(Held(lengths, q.shape[1], columns, read))
         if mask is None:
             return False
         kept = kept_tokens(mask.flatten(0, 1))
