@@ -287,3 +287,21 @@ def test_prompts_in_chunks(policy: Policy) -> None:
         a, b = (model(TOKENS[:, 90:], cache=cache).logits for cache in (whole, chunked))
         assert torch.allclose(a, b, atol=1e-5)
     assert torch.equal(whole.layers[1].cache.lengths, chunked.layers[1].cache.lengths)
+
+
+def test_generates_after_chunks() -> None:
+    """``generate`` goes on from a prompt of which the cache lacks the last token."""
+    model = random_model()
+    use_block_attention(model)
+    prompt, mask = TOKENS[:, :60], torch.ones(2, 60)
+    policy = SnapKV(60, window=8)
+    with torch.inference_mode():
+        expected = model.generate(
+            prompt, attention_mask=mask, cache=PagedCache(model, 80, batch=2), **GREEDY
+        )
+        cache = PagedCache(model, 80, batch=2, policy=policy)
+        with cache.prefilling():
+            for part in prompt[:, :59].split(25, dim=1):
+                model(part, cache=cache)
+        said = model.generate(prompt, attention_mask=mask, cache=cache, **GREEDY)
+    assert torch.equal(said, expected)

@@ -160,7 +160,13 @@ class PagedCache(transformers.Cache):
     def prefilling(self, *, bounded: bool = False) -> Iterator[None]:
         """Within it, tokens come that are one prompt, in chunks.
 
-        See :meth:`openwork.kvcache.Cache.prefilling`.
+        See :meth:`openwork.kvcache.Cache.prefilling`. ``generate`` goes on from all but the last
+        token of its prompt::
+
+            with torch.inference_mode(), cache.prefilling():
+                for chunk in prompt[:, :-1].split(512, dim=1):
+                    model(chunk, cache=cache)
+            model.generate(prompt, cache=cache)
         """
         with prefilling(self._held, bounded=bounded):
             yield
