@@ -1,4 +1,5 @@
 #include "kernels/paged_attention/paged_attention_codes_avx512amx.h"
+#include "kernels/paged_attention/paged_attention_rows_body.h"
 #include "simd/attention_bf16_avx512amx.h"
 
 namespace ow {
@@ -81,7 +82,7 @@ class Bf16Sides {
 // Rows from which on tiles beat vectors: their products take the same time for 1 to 5 rows.
 constexpr int64_t kTileRowsFrom = 6;
 
-// What a side's format has products for; panels of fp32 for the rest.
+// What a side's format has products for; rows or panels of floats for the rest.
 class Tiles {
  public:
   void take(const Rows& rows) { bf16_.take(rows); }
@@ -98,7 +99,7 @@ class Tiles {
     } else if (plain && is_dense(kv.keys) && kv.type == FloatType::bf16) {
       bf16_.score(rows, chunk, values);
     } else {
-      panels_.score(rows, chunk, values);
+      floats_.score(rows, chunk, values);
     }
   }
 
@@ -115,12 +116,12 @@ class Tiles {
     } else if (!chunk.newest && is_dense(kv.values) && kv.type == FloatType::bf16) {
       bf16_.add_values(rows, chunk, states, keys);
     } else {
-      panels_.add_values(rows, chunk, states, keys);
+      floats_.add_values(rows, chunk, states, keys);
     }
   }
 
  private:
-  Panels panels_;
+  FloatSides floats_;
   CodeSides codes_;
   CodeTiles code_tiles_;
   Bf16Sides bf16_;
