@@ -56,6 +56,16 @@ def test_full_budgets_are_dense(policy: Estimated) -> None:
         assert torch.allclose(o, Dense()(0, q, k, v, scale=scale).o, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", FULL[:-1], ids=repr)
+def test_full_budgets_are_dense_in_a_model(policy: Estimated) -> None:
+    model, tokens = random_model(), torch.arange(N)[None] % 320
+    with torch.inference_mode():
+        dense = model(tokens)
+        report = attention.enable(model, policy, crossover=0)
+        assert torch.allclose(model(tokens), dense, atol=1e-5)
+    assert report.density == pytest.approx(1)
+
+
 @pytest.mark.parametrize("policy", SPARSE, ids=repr)
 def test_error_is_bounded_by_the_mass_left_out(policy: Estimated) -> None:
     q, k, v = qkv()
@@ -113,4 +123,5 @@ def test_packed_prompts_equal_single_ones() -> None:
     with torch.inference_mode():
         for packed, prompt in zip(packed_hidden(model, prompts), prompts, strict=True):
             assert torch.allclose(packed, model.hidden(prompt[None])[0], atol=1e-5)
+            assert torch.allclose(model.head(packed), model(prompt[None])[0], atol=1e-5)
     assert len(packed_hidden(model, [[1, 2], [3]])) == 2

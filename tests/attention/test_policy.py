@@ -105,6 +105,21 @@ def test_lserve_heads() -> None:
     assert density == pytest.approx((1 + lambda_density(40, 40, 2, 6)) / 2)
 
 
+@pytest.mark.parametrize(
+    "policy", [AShape(4, 16), AShape(0, 3), LServe(torch.zeros(1, G) > 0, 2, 6)], ids=str
+)
+def test_error_is_bounded_by_the_mass_left_out(policy: AShape | LServe) -> None:
+    q, k, v = qkv(60, 60)
+    mask = lambda_mask(60, 60, policy.sinks, policy.window)
+    everything = lambda_mask(60, 60, 0, 60)
+    scores = torch.einsum("bihd,bjhd->bihj", q, k.repeat_interleave(H // G, 2)) / math.sqrt(D)
+    p = scores.masked_fill(~everything[:, None], -torch.inf).softmax(-1)
+    left_out = (p * ~mask[:, None]).sum(-1)
+    error = (policy(0, q, k, v).o - masked(q, k, v, everything)).abs().amax(-1)
+    assert error.max() > 1e-3
+    assert (error <= 2 * left_out * v.abs().max() + 1e-5).all()
+
+
 def test_enable_and_disable() -> None:
     model = random_model()
     tokens = torch.arange(60)[None]

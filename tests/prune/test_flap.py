@@ -13,7 +13,7 @@ from openwork.prune import InputFluctuation, flap
 from openwork.prune.flap import select_units
 from openwork.prune.structure import unit_parameters
 
-from .weights import model, tokens
+from .weights import model, rounding, tokens
 
 
 def _model() -> Llama:
@@ -35,6 +35,7 @@ def test_the_statistic_is_mean_and_variance(parts: list[int]) -> None:
     x = torch.cat([batch.reshape(-1, 5) for batch in batches]).double()
     assert fluctuation.count == len(x)
     torch.testing.assert_close(fluctuation.mean, x.mean(0), rtol=1e-12, atol=0)
+    # Squares of 1e4 are 1e8 times the variance: eps of float64 times that, for up to 100 terms.
     torch.testing.assert_close(
         fluctuation.variance(), x.var(0, correction=0), rtol=1e-6, atol=1e-12
     )
@@ -49,7 +50,8 @@ def test_constant_inputs_go_at_no_cost_thanks_to_the_bias() -> None:
         before = dense(text)
         flap(dense, text, 0.5, bias=bias, progress=False)
         changes.append(float((dense(text) - before).norm() / before.norm()))
-    assert changes[0] < 1e-5
+    # The bias is a sum in another order than the products it stands for.
+    assert changes[0] < rounding(_model())
     assert changes[1] > 0.1
 
 

@@ -66,8 +66,11 @@ def test_the_report_says_what_happened() -> None:
     assert torch.equal(p, wanda(w, h.diagonal(), NM(2, 4)).weight)
     assert first.shape == tuple(w.shape)
     assert first.sparsity == 0.5
-    assert first.weight_error == pytest.approx(float(((p - w).norm() / w.norm()) ** 2), rel=1e-5)
-    assert first.output_error == pytest.approx(output_error(w, p, h), rel=1e-5)
+    # Quotients of sums of positive numbers, added up in blocks: some dozen roundings of each.
+    eps = 2.0**-24
+    error = float(((p - w).norm() / w.norm()) ** 2)
+    assert first.weight_error == pytest.approx(error, rel=64 * eps)
+    assert first.output_error == pytest.approx(output_error(w, p, h), rel=w.shape[1] * eps)
     assert first.bytes_dense == w.nbytes
     # Rows of 72: half of the values, and 9 bytes that say which.
     assert first.bytes_sparse == w.nbytes // 2 + 9 * w.shape[0]
@@ -84,7 +87,9 @@ def test_magnitude_needs_no_data_and_ends_the_same_with_it() -> None:
         assert torch.equal(_linear(without, name), _linear(with_data, name))
     assert all(linear.output_error is None for linear in blind.linears)
     assert all(linear.output_error is not None for linear in seen.linears)
-    assert blind.sparsity == pytest.approx(0.4, abs=1e-4)
+    # A linear's count is rounded to a whole element.
+    fewest = min(_linear(without, name).numel() for name, _, _ in without.linears())
+    assert blind.sparsity == pytest.approx(0.4, abs=0.5 / fewest)
 
 
 def test_shares_by_name() -> None:
@@ -92,7 +97,7 @@ def test_shares_by_name() -> None:
     weights = {name: _linear(dense, name) for name, _, _ in dense.linears()}
     shares = global_magnitude(weights, 0.5, floor=0.2)
     report = prune_model(dense, "magnitude", sparsity=shares, progress=False)
-    assert report.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert report.sparsity == pytest.approx(0.5, abs=0.5 / min(w.numel() for w in weights.values()))
     for linear in report.linears:
         assert linear.sparsity == pytest.approx(shares[linear.name])
 
@@ -141,7 +146,8 @@ def test_with_a_grid_the_linears_are_low_bit_and_sparse() -> None:
     assert isinstance(linear, LowbitLinear)
     with torch.no_grad():
         stored = linear(torch.eye(72)).t()  # int8 compute is exact for one value a row
-    torch.testing.assert_close(stored, expected.weight, rtol=1e-2, atol=1e-5)
+    # The scale of the 1, 1 / 127, times its code, and that times the weight: two roundings each.
+    torch.testing.assert_close(stored, expected.weight, rtol=2.0**-22, atol=0.0)
     assert torch.equal(stored != 0, expected.weight != 0)
     n = len(expected.weight)
     # Per row: 9 bytes of index, 36 values of 4 bits, 3 scales of 2 bytes, 3 zeros of 4 bits.

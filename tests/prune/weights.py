@@ -23,6 +23,16 @@ def tokens(samples: int = 6, length: int = 32, seed: int = 0) -> Tensor:
     return torch.randint(0, SHAPE["vocab_size"], (samples, length), generator=generator)
 
 
+def rounding(dense: Llama) -> float:
+    """Of logits, relative to the largest: n eps for the terms of all sums that a token takes."""
+    return 2.0**-24 * sum(dense.get_submodule(name).in_features for name, _, _ in dense.linears())
+
+
+def close_logits(got: Tensor, want: Tensor, dense: Llama) -> None:
+    atol = rounding(dense) * float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=0.0, atol=atol)
+
+
 def weight(n: int, k: int, seed: int = 0) -> Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
