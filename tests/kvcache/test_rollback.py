@@ -147,6 +147,9 @@ def test_chunks_of_a_prompt_are_one(policy: Policy, format: Format) -> None:
     got = feed_chunks(tokens, chunked, [60, 1, 40, 7, 22])
     assert torch.allclose(got, expected, atol=1e-5)
     assert (chunked.lengths == 130).all()
+    kinds = 2 if format.rotate == "stored" else 3  # keys, rotated if not they, and values
+    waiting = chunked.nbytes - chunked.pages.bytes()
+    assert waiting == 4 * 2 * 130 * D * (H + kinds * G)
     chunked.settle()
     assert_same(whole, chunked)
     assert torch.equal(tokens.feed(whole, 130, 133), tokens.feed(chunked, 130, 133))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         q: ``[b, t, h, d]``, rotated; of the last tokens, if t is less than n.
-        keys: ``[b, n, g, d]``, before rotation; ``rotated`` after it.
+        keys: ``[b, n, g, d]``, as they are stored; ``rotated`` after rotation.
         values: ``[b, n, g, dv]``.
     """
 
@@ -47,21 +48,30 @@ class Collected:
 
     def add(self, chunk: Tokens) -> None:
         """Append a chunk."""
-        q, keys, rotated, values = (
-            torch.cat(pair, 1) for pair in zip(self.tokens, chunk, strict=True)
-        )
-        # Where keys are stored rotated, a cache may pass them as both.
-        same = self.tokens.keys is self.tokens.rotated
-        self.tokens = Tokens(q, rotated if same else keys, rotated, values)
+        before = self.tokens
+        q, rotated, values = (
+            torch.cat(pair, 1)
+            for pair in (
+                (before.q, chunk.q), (before.rotated, chunk.rotated), (before.values, chunk.values)
+            )
+        )  # fmt: skip
+        # Where keys are stored rotated, they are one tensor.
+        same = before.keys is before.rotated
+        keys = rotated if same else torch.cat((before.keys, chunk.keys), 1)
+        self.tokens = Tokens(q, keys, rotated, values)
 
     def drop(self, n: int) -> None:
         """Forget the last tokens, at most those with queries."""
-        self.tokens = Tokens(*(x[:, : x.shape[1] - n] for x in self.tokens))
+        self._each(lambda x: x[:, : x.shape[1] - n])
 
     def reorder(self, order: Tensor) -> None:
         """Let sequence ``i`` be what ``order[i]`` was."""
         self.starts = None if self.starts is None else self.starts[order]
-        self.tokens = Tokens(*(x[order] for x in self.tokens))
+        self._each(lambda x: x[order])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        changed = {id(x): change(x) for x in self.tokens}
+        self.tokens = Tokens(*(changed[id(x)] for x in self.tokens))
 
     def shrink(self, kept: Kept) -> None:
         """Hold no more than is kept, and no queries.

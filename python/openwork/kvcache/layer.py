@@ -163,7 +163,8 @@ class LayerCache:
         self.settle()
         t = q.shape[1]
         if self._prompt is not None or self.seen == 0:
-            _, _, rotated, values = self._collect(Tokens(q, keys, rotated, values), starts).tokens
+            stored = rotated if self.format.rotate == "stored" else keys
+            _, _, rotated, values = self._collect(Tokens(q, stored, rotated, values), starts).tokens
             o = prompt(q, rotated.transpose(1, 2), values.transpose(1, 2))
             if self.drafts == 0:
                 self.settle()
