@@ -1,5 +1,5 @@
 # make demo     install into .venv and run the demo on a real model
-# make test     install with the test modules, then the C++ tests (sanitized) and pytest
+# make test     install with the test modules, then the C++ tests (sanitized and as shipped) and pytest
 # make lint     formatters and type checkers;  make bench  the benchmarks;  make build  only install
 #
 # PYTHON is the interpreter the virtual environment is made with, VENV its folder, ARGS are passed to
@@ -30,6 +30,7 @@ demo: build
 	$(BIN)/openwork demo $(ARGS)
 
 test: cpp-test $(STAMPS)/testing
+	$(BIN)/ctest --test-dir $$(ls -td build/cp*/ | head -n 1) --output-on-failure
 	OPENWORK_BUILD_DIR=$$(ls -td build/cp*/ | head -n 1) $(BIN)/python -m pytest $(ARGS)
 
 build: $(STAMPS)/package

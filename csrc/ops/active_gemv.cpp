@@ -1,6 +1,7 @@
 #include "kernels/active_gemv/active_gemv.h"
 
 #include "ops/linear.h"
+#include "ops/values.h"
 
 namespace ow {
 namespace {
@@ -126,14 +127,11 @@ Tensor pack_code_columns_op(const Tensor& codes_any, int64_t bits) {
   const int64_t k = codes_any.size(1);
   check_weight_size(kOp, n, k);
   const Tensor codes = as_contiguous(codes_any);
-  const uint8_t* data = static_cast<const uint8_t*>(codes.const_data_ptr());
-  for (int64_t i = 0; i < n * k; ++i) {
-    OW_CHECK(data[i] >> bits == 0, kOp, ": codes must be in 0 .. ", (1 << bits) - 1, " for ", bits,
-             " bits, got ", int(data[i]));
-  }
+  check_codes(kOp, "codes", codes, bits);
   const int64_t strip = strip_outputs(code_bits);
   Tensor columns = fast_empty({k, div_up(n, strip), 64}, ScalarType::Byte);
-  pack_code_columns({n, k, round_up(n, strip), code_bits}, data,
+  pack_code_columns({n, k, round_up(n, strip), code_bits},
+                    static_cast<const uint8_t*>(codes.const_data_ptr()),
                     static_cast<uint8_t*>(columns.mutable_data_ptr()), torch_parallel());
   return columns;
 }

@@ -16,15 +16,21 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_op(
     const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& score_rows,
     int64_t block_m, int64_t block_n, bool causal, int64_t window, int64_t sinks,
     int64_t min_distance, std::optional<double> scale) {
-  AttentionCall call = attention_call(
-      kOp, q, k, v, {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
-      or_null(cu_seqlens_q), or_null(cu_seqlens_k),
-      {block_m, block_n, causal, window, sinks, min_distance, scale});
-  BlockAttentionArgs& args = call.args;
+  const AttentionInputs inputs{
+      q,
+      k,
+      v,
+      {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
+      or_null(cu_seqlens_q),
+      or_null(cu_seqlens_k),
+      {block_m, block_n, causal, window, sinks, min_distance, scale}};
+  check_attention(kOp, inputs);
   const int64_t b = q.size(0);
   const int64_t sq = q.size(1);
   const int64_t h = q.size(2);
   if (score_rows) check_operand(kOp, "score_rows", *score_rows, ScalarType::Bool, {b, sq});
+  AttentionCall call = attention_call(kOp, inputs);
+  BlockAttentionArgs& args = call.args;
 
   Tensor o = fast_empty({b, sq, h, args.dv}, q.scalar_type());
   Tensor lse = fast_empty({b, sq, h}, ScalarType::Float);

@@ -11,11 +11,17 @@ std::tuple<Tensor, Tensor> block_attention_train(
     const std::optional<Tensor>& columns, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal,
     int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale) {
-  AttentionCall call =
-      attention_call("block_attention_train", q, k, v,
-                     {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
-                     or_null(cu_seqlens_q), or_null(cu_seqlens_k),
-                     {block_m, block_n, causal, window, sinks, min_distance, scale});
+  constexpr const char* kOp = "block_attention_train";
+  const AttentionInputs inputs{
+      q,
+      k,
+      v,
+      {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
+      or_null(cu_seqlens_q),
+      or_null(cu_seqlens_k),
+      {block_m, block_n, causal, window, sinks, min_distance, scale}};
+  check_attention(kOp, inputs);
+  AttentionCall call = attention_call(kOp, inputs);
   const int64_t b = q.size(0);
   const int64_t sq = q.size(1);
   Tensor o = fast_empty({b, sq, call.args.heads, call.args.dv}, q.scalar_type());
@@ -35,19 +41,25 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_op(
     const std::optional<Tensor>& cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal,
     int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale) {
   constexpr const char* kOp = "block_attention_backward";
-  AttentionCall call = attention_call(
-      kOp, q, k, v, {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
-      or_null(cu_seqlens_q), or_null(cu_seqlens_k),
-      {block_m, block_n, causal, window, sinks, min_distance, scale});
-  BlockAttentionArgs& a = call.args;
+  const AttentionInputs inputs{
+      q,
+      k,
+      v,
+      {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
+      or_null(cu_seqlens_q),
+      or_null(cu_seqlens_k),
+      {block_m, block_n, causal, window, sinks, min_distance, scale}};
+  check_attention(kOp, inputs);
   const int64_t b = q.size(0);
   const int64_t sq = q.size(1);
-  check_operand(kOp, "o", o, q.scalar_type(), {b, sq, a.heads, a.dv});
-  check_operand(kOp, "lse", lse, ScalarType::Float, {b, sq, a.heads});
+  check_operand(kOp, "o", o, q.scalar_type(), {b, sq, q.size(2), v.size(3)});
+  check_operand(kOp, "lse", lse, ScalarType::Float, {b, sq, q.size(2)});
   check_dtype(kOp, "grad_o", grad_o_any, q.scalar_type());
-  check_shape(kOp, "grad_o", grad_o_any, {b, sq, a.heads, a.dv});
+  check_shape(kOp, "grad_o", grad_o_any, {b, sq, q.size(2), v.size(3)});
   check_dtype(kOp, "grad_lse", grad_lse_any, ScalarType::Float);
-  check_shape(kOp, "grad_lse", grad_lse_any, {b, sq, a.heads});
+  check_shape(kOp, "grad_lse", grad_lse_any, {b, sq, q.size(2)});
+  AttentionCall call = attention_call(kOp, inputs);
+  BlockAttentionArgs& a = call.args;
   Tensor grad_q = fast_empty({b, sq, a.heads, a.d}, q.scalar_type());
   Tensor grad_k = fast_empty({b, k.size(1), a.kv_heads, a.d}, q.scalar_type());
   Tensor grad_v = fast_empty({b, k.size(1), a.kv_heads, a.dv}, q.scalar_type());

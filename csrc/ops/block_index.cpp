@@ -13,28 +13,52 @@ void check_block(const char* op, const char* name, int64_t block) {
            " must be a multiple of 16 in 16 .. 128, got ", block);
 }
 
+constexpr int64_t kMostItems = (int64_t{1} << 31) - 1;
+
+// What is listed.
+struct IndexInputs {
+  const Tensor& cu_seqlens_q;
+  const Tensor& cu_seqlens_k;
+  const std::optional<Tensor>& blocks;
+  const std::optional<Tensor>& columns;
+  const std::optional<Tensor>& slashes;
+  const Tensor& windows;
+  const Tensor& sinks;
+  int64_t block_m, block_n, rows;
+};
+
+// Marks [sequences, heads, ...] of `dims` dimensions. The others are those of the longest sequence.
+void check_marks(const char* op, const char* name, const std::optional<Tensor>& marks, int64_t dims,
+                 const BlockIndexArgs& a) {
+  if (!marks.has_value()) return;
+  check_dtype(op, name, *marks, ScalarType::Bool);
+  OW_CHECK(marks->dim() == dims && marks->size(0) == a.queries.count && marks->size(1) == a.heads,
+           op, ": ", name, " must be [", a.queries.count, ", ", a.heads,
+           ", ...] (sequences, heads)", " of ", dims, " dimensions, got ", shape_text(*marks));
+  check_contiguous(op, name, *marks);
+}
+
 // Marks are read as bytes that are 0 or not.
 template <size_t N>
-const uint8_t* check_marks(const char* op, const char* name, const std::optional<Tensor>& marks,
-                           const int64_t (&shape)[N]) {
+const uint8_t* read_marks(const char* op, const char* name, const std::optional<Tensor>& marks,
+                          const int64_t (&shape)[N]) {
   if (!marks.has_value()) return nullptr;
-  check_operand(op, name, *marks, ScalarType::Bool, shape);
+  check_shape(op, name, *marks, shape);
   return static_cast<const uint8_t*>(marks->const_data_ptr());
 }
 
-BlockIndexArgs check_index(const char* op, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                           const std::optional<Tensor>& blocks,
-                           const std::optional<Tensor>& columns,
-                           const std::optional<Tensor>& slashes, const Tensor& windows,
-                           const Tensor& sinks, int64_t block_m, int64_t block_n, int64_t rows) {
+// All that does not depend on what tensors hold.
+BlockIndexArgs check_index(const char* op, const IndexInputs& inputs) {
+  const auto& [cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows, sinks, block_m,
+               block_n, rows] = inputs;
   BlockIndexArgs a{};
   check_block(op, "block_m", block_m);
   check_block(op, "block_n", block_n);
   a.block_m = block_m;
   a.block_n = block_n;
-  a.queries = check_offsets(op, "cu_seqlens_q", cu_seqlens_q);
-  a.keys = check_offsets(op, "cu_seqlens_k", cu_seqlens_k);
-  check_same_count(op, a.queries, a.keys);
+  a.queries.count = check_offsets(op, "cu_seqlens_q", cu_seqlens_q);
+  a.keys.count = check_offsets(op, "cu_seqlens_k", cu_seqlens_k);
+  check_same_count(op, a.queries.count, a.keys.count);
   check_dtype(op, "windows", windows, ScalarType::Int);
   OW_CHECK(windows.dim() == 1 && windows.size(0) >= 1, op, ": windows must be [heads], got ",
            shape_text(windows));
@@ -43,16 +67,28 @@ BlockIndexArgs check_index(const char* op, const Tensor& cu_seqlens_q, const Ten
   check_operand(op, "sinks", sinks, ScalarType::Int, {a.heads});
   a.windows = static_cast<const int32_t*>(windows.const_data_ptr());
   a.sinks = static_cast<const int32_t*>(sinks.const_data_ptr());
-  const int64_t sequences = a.queries.count;
-  a.max_rows = div_up(a.queries.longest(), block_m);
-  a.max_keys = a.keys.longest();
-  a.max_blocks = div_up(a.max_keys, block_n);
-  for (int64_t s = 0; s < sequences; ++s) a.rows += div_up(a.queries.size(s), block_m);
-  OW_CHECK(rows == a.rows, op, ": rows must be the ", a.rows, " blocks of queries, got ", rows);
-  a.blocks = check_marks(op, "blocks", blocks, {sequences, a.heads, a.max_rows, a.max_blocks});
-  a.columns = check_marks(op, "columns", columns, {sequences, a.heads, a.max_keys});
-  a.slashes = check_marks(op, "slashes", slashes, {sequences, a.heads, a.max_keys});
+  check_marks(op, "blocks", blocks, 4, a);
+  check_marks(op, "columns", columns, 3, a);
+  check_marks(op, "slashes", slashes, 3, a);
+  check_range(op, "rows", rows, 0, kMostItems);
   return a;
+}
+
+// What follows from the offsets of sequences.
+void read_index(const char* op, const IndexInputs& inputs, BlockIndexArgs* a) {
+  a->queries = read_offsets(op, "cu_seqlens_q", inputs.cu_seqlens_q);
+  a->keys = read_offsets(op, "cu_seqlens_k", inputs.cu_seqlens_k);
+  const int64_t sequences = a->queries.count;
+  a->max_rows = div_up(a->queries.longest(), a->block_m);
+  a->max_keys = a->keys.longest();
+  a->max_blocks = div_up(a->max_keys, a->block_n);
+  for (int64_t s = 0; s < sequences; ++s) a->rows += div_up(a->queries.size(s), a->block_m);
+  OW_CHECK(inputs.rows == a->rows, op, ": rows must be the ", a->rows, " blocks of queries, got ",
+           inputs.rows);
+  a->blocks =
+      read_marks(op, "blocks", inputs.blocks, {sequences, a->heads, a->max_rows, a->max_blocks});
+  a->columns = read_marks(op, "columns", inputs.columns, {sequences, a->heads, a->max_keys});
+  a->slashes = read_marks(op, "slashes", inputs.slashes, {sequences, a->heads, a->max_keys});
 }
 
 // Room for the running counts of marks, which must outlive the call.
@@ -96,8 +132,10 @@ std::tuple<Tensor, Tensor> block_index_offsets(
     const std::optional<Tensor>& columns, const std::optional<Tensor>& slashes,
     const Tensor& windows, const Tensor& sinks, int64_t block_m, int64_t block_n, int64_t rows) {
   constexpr const char* kOp = "block_index_offsets";
-  BlockIndexArgs a = check_index(kOp, cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows,
-                                 sinks, block_m, block_n, rows);
+  const IndexInputs inputs{cu_seqlens_q, cu_seqlens_k, blocks,  columns, slashes,
+                           windows,      sinks,        block_m, block_n, rows};
+  BlockIndexArgs a = check_index(kOp, inputs);
+  read_index(kOp, inputs, &a);
   const Tensor scratch = scratch_of(&a);
   return count_all(kOp, a);
 }
@@ -112,12 +150,14 @@ std::tuple<Tensor, Tensor> block_index_lists(
     const Tensor& windows, const Tensor& sinks, int64_t block_m, int64_t block_n, int64_t rows,
     const Tensor& indptr, const Tensor& column_indptr, int64_t nnz, int64_t column_nnz) {
   constexpr const char* kOp = "block_index_lists";
-  BlockIndexArgs a = check_index(kOp, cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows,
-                                 sinks, block_m, block_n, rows);
-  check_operand(kOp, "indptr", indptr, ScalarType::Int, {a.heads, a.rows + 1});
-  check_operand(kOp, "column_indptr", column_indptr, ScalarType::Int, {a.heads, a.rows + 1});
-  OW_CHECK(nnz >= 0, kOp, ": nnz must be at least 0, got ", nnz);
-  OW_CHECK(column_nnz >= 0, kOp, ": column_nnz must be at least 0, got ", column_nnz);
+  const IndexInputs inputs{cu_seqlens_q, cu_seqlens_k, blocks,  columns, slashes,
+                           windows,      sinks,        block_m, block_n, rows};
+  BlockIndexArgs a = check_index(kOp, inputs);
+  check_operand(kOp, "indptr", indptr, ScalarType::Int, {a.heads, rows + 1});
+  check_operand(kOp, "column_indptr", column_indptr, ScalarType::Int, {a.heads, rows + 1});
+  check_range(kOp, "nnz", nnz, 0, kMostItems);
+  check_range(kOp, "column_nnz", column_nnz, 0, kMostItems);
+  read_index(kOp, inputs, &a);
   const Tensor scratch = scratch_of(&a);
   const auto [block_offsets, column_offsets] = count_all(kOp, a);
   OW_CHECK(same_numbers(indptr, block_offsets) && same_numbers(column_indptr, column_offsets), kOp,

@@ -7,18 +7,16 @@
 namespace ow {
 namespace {
 
-void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
-  OW_CHECK(value >= least && value <= most, op, ": ", name, " must be in ", least, " .. ", most,
-           ", got ", value);
-}
-
 Tensor block_means_op(const Tensor& x, const std::optional<Tensor>& cu_seqlens, int64_t block,
                       int64_t max_blocks) {
   constexpr const char* kOp = "block_means";
   check_heads(kOp, "x", x);
-  OW_CHECK(block >= 1, kOp, ": block must be at least 1, got ", block);
+  check_range(kOp, "block", block, 1, int64_t{1} << 30);
+  const Tensor* offsets = or_null(cu_seqlens);
+  check_sequences(kOp, "x", x, "cu_seqlens", offsets);
+  check_longest(kOp, "max_blocks", max_blocks, div_up(x.size(1), block), offsets);
   BlockMeansArgs args{};
-  args.tokens = check_sequences(kOp, "x", x, "cu_seqlens", or_null(cu_seqlens));
+  args.tokens = read_sequences(kOp, x, "cu_seqlens", offsets);
   const int64_t most = div_up(args.tokens.longest(), block);
   OW_CHECK(max_blocks == most, kOp, ": max_blocks must be that of the longest sequence, ", most,
            ", got ", max_blocks);
@@ -47,10 +45,10 @@ std::tuple<Tensor, Tensor> hierarchical_topk(const Tensor& q, const Tensor& k,
                                              int64_t max_blocks) {
   constexpr const char* kOp = "hierarchical_topk";
   check_queries_and_keys(kOp, q, k);
+  const Tensor* offsets_q = or_null(cu_seqlens_q);
+  const Tensor* offsets_k = or_null(cu_seqlens_k);
+  check_sequence_pairs(kOp, q, k, offsets_q, offsets_k);
   HipSearchArgs args{};
-  args.queries = check_sequences(kOp, "q", q, "cu_seqlens_q", or_null(cu_seqlens_q));
-  args.keys = check_sequences(kOp, "k", k, "cu_seqlens_k", or_null(cu_seqlens_k));
-  check_same_count(kOp, args.queries, args.keys);
   args.heads = q.size(2);
   check_operand(kOp, "windows", windows, ScalarType::Int, {args.heads});
   check_range(kOp, "block_m", block_m, 1, 128);
@@ -58,6 +56,10 @@ std::tuple<Tensor, Tensor> hierarchical_topk(const Tensor& q, const Tensor& k,
   check_range(kOp, "top", top, 1, int64_t{1} << 30);
   check_range(kOp, "query_stride", query_stride, 1, block_m);
   check_range(kOp, "key_stride", key_stride, 1, block_n);
+  check_longest(kOp, "max_rows", max_rows, div_up(q.size(1), block_m), offsets_q);
+  check_longest(kOp, "max_blocks", max_blocks, div_up(k.size(1), block_n), offsets_k);
+  args.queries = read_sequences(kOp, q, "cu_seqlens_q", offsets_q);
+  args.keys = read_sequences(kOp, k, "cu_seqlens_k", offsets_k);
   const int64_t rows = div_up(args.queries.longest(), block_m);
   const int64_t blocks_of_longest = div_up(args.keys.longest(), block_n);
   OW_CHECK(max_rows == rows && max_blocks == blocks_of_longest, kOp,

@@ -32,8 +32,6 @@ void check_block_values(const char* op, const char* name, const Tensor& tensor) 
       ": ", name, " must be float32 or bfloat16, got ", dtype_name(tensor.scalar_type()));
 }
 
-// Every read a kernel makes follows from these: indptr rises from 0 to the number of blocks, and
-// each index is a column of blocks.
 BlockSparsePackArgs check_blocks(const char* op, const Tensor& indptr, const Tensor& indices,
                                  const Tensor& values, int64_t layout, int64_t n, int64_t k) {
   BlockSparsePackArgs w{};
@@ -52,14 +50,19 @@ BlockSparsePackArgs check_blocks(const char* op, const Tensor& indptr, const Ten
   w.size = values.scalar_type() == ScalarType::Float ? 4 : 2;
   w.indptr = static_cast<const int32_t*>(indptr.const_data_ptr());
   w.indices = static_cast<const int32_t*>(indices.const_data_ptr());
+  return w;
+}
+
+// Every read a kernel makes follows from these: indptr rises from 0 to the number of blocks, and
+// each index is a column of blocks.
+void check_block_lists(const char* op, const BlockSparsePackArgs& w, int64_t blocks) {
   bool rises = w.indptr[0] == 0 && w.indptr[w.row_blocks] == blocks;
   for (int64_t r = 0; r < w.row_blocks; ++r) rises &= w.indptr[r] <= w.indptr[r + 1];
   OW_CHECK(rises, op, ": indptr must rise from 0 to ", blocks, " (blocks), got other values");
-  const int64_t columns = div_up(k, w.block);
+  const int64_t columns = div_up(w.k, w.block);
   bool inside = true;
   for (int64_t b = 0; b < blocks; ++b) inside &= uint32_t(w.indices[b]) < columns;
   OW_CHECK(inside, op, ": indices must be in 0 .. ", columns - 1, ", got one outside");
-  return w;
 }
 
 Tensor block_sparse_linear(const Tensor& x_any, const Tensor& indptr, const Tensor& indices,
@@ -70,6 +73,7 @@ Tensor block_sparse_linear(const Tensor& x_any, const Tensor& indptr, const Tens
   check_block_values(kOp, "values", values);
   const BlockSparsePackArgs w = check_blocks(kOp, indptr, indices, values, layout, n, k);
   Tensor y = linear_result(kOp, x_any, n, or_null(bias), or_null(add));
+  check_block_lists(kOp, w, indices.size(0));
   BlockSparseGemmArgs args{};
   args.m = y.numel() / n;
   if (args.m == 0) return y;
@@ -145,6 +149,7 @@ Tensor expand_block_sparse(const Tensor& indptr, const Tensor& indices, const Te
   constexpr const char* kOp = "expand_block_sparse";
   check_block_values(kOp, "values", values);
   const BlockSparsePackArgs w = check_blocks(kOp, indptr, indices, values, layout, n, k);
+  check_block_lists(kOp, w, indices.size(0));
   Tensor weight = fast_empty({n, k}, values.scalar_type());
   expand_blocks(w, values.const_data_ptr(), weight.mutable_data_ptr(), torch_parallel());
   return weight;

@@ -32,6 +32,12 @@ template <class... Parts>
       ow::fail(__VA_ARGS__);       \
   } while (false)
 
+inline void check_range(const char* op, const char* name, int64_t value, int64_t least,
+                        int64_t most) {
+  OW_CHECK(value >= least && value <= most, op, ": ", name, " must be in ", least, " .. ", most,
+           ", got ", value);
+}
+
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return "float32";

@@ -16,16 +16,44 @@ struct IndexTensors {
   const Tensor* columns;
 };
 
+// `rows`: blocks of queries; -1 where they follow from what offsets of sequences hold.
 inline void check_lists(const char* op, const char* indptr_name, const Tensor& indptr,
                         const char* items_name, const Tensor& items, int64_t rows) {
   check_dtype(op, indptr_name, indptr, ScalarType::Int);
   OW_CHECK(indptr.dim() == 2 && indptr.size(0) >= 1, op, ": ", indptr_name,
            " must be [index_heads, rows + 1], got ", shape_text(indptr));
-  check_shape(op, indptr_name, indptr, {indptr.size(0), rows + 1});
+  if (rows >= 0) check_shape(op, indptr_name, indptr, {indptr.size(0), rows + 1});
   check_contiguous(op, indptr_name, indptr);
   check_dtype(op, items_name, items, ScalarType::Int);
   OW_CHECK(items.dim() == 1, op, ": ", items_name, " must be [n], got ", shape_text(items));
   check_contiguous(op, items_name, items);
+}
+
+// The tensors of an index of attention from `q` to `kv_heads` heads; `packed`: with cu_seqlens_q.
+inline void check_index(const char* op, const IndexTensors& index, int64_t block_m, int64_t block_n,
+                        const Tensor& q, int64_t kv_heads, bool packed) {
+  OW_CHECK((index.indptr == nullptr) == (index.indices == nullptr), op,
+           ": indptr and indices must come together, got one");
+  OW_CHECK((index.column_indptr == nullptr) == (index.columns == nullptr), op,
+           ": column_indptr and columns must come together, got one");
+  if (index.indptr == nullptr) {
+    OW_CHECK(index.columns == nullptr, op, ": columns must come with indptr and indices, got None");
+    return;
+  }
+  for (const auto& [name, size] : {std::pair("block_m", block_m), std::pair("block_n", block_n)}) {
+    OW_CHECK(size >= 16 && size <= 128 && size % 16 == 0, op, ": ", name,
+             " must be a multiple of 16 in 16 .. 128, got ", size);
+  }
+  const int64_t rows = packed ? -1 : q.size(0) * div_up(q.size(1), block_m);
+  check_lists(op, "indptr", *index.indptr, "indices", *index.indices, rows);
+  const int64_t heads = index.indptr->size(0);
+  OW_CHECK(heads == 1 || heads == kv_heads || heads == q.size(2), op,
+           ": indptr must have 1, kv_heads = ", kv_heads, " or heads = ", q.size(2),
+           " rows of lists, got ", heads);
+  if (index.columns != nullptr) {
+    check_lists(op, "column_indptr", *index.column_indptr, "columns", *index.columns, rows);
+    check_shape(op, "column_indptr", *index.column_indptr, {heads, index.indptr->size(1)});
+  }
 }
 
 // Offsets rise from 0 to the number of items, through all heads.
@@ -87,42 +115,25 @@ inline void check_items(const char* op, const BlockAttentionArgs& a) {
   OW_CHECK(apart, op, ": columns must be outside of the row's listed blocks, got one inside");
 }
 
-// The index fields of `args`, whose sequences and heads are set; fills in sequences' index rows.
-inline void set_index(const char* op, const IndexTensors& index, int64_t block_m, int64_t block_n,
-                      std::vector<AttentionSequence>* sequences, BlockAttentionArgs* args) {
+// The index fields of `args`, whose sequences and heads are set, from a checked index; fills in
+// sequences' index rows.
+inline void read_index(const char* op, const IndexTensors& index, int64_t block_m, int64_t block_n,
+                       std::vector<AttentionSequence>* sequences, BlockAttentionArgs* args) {
   args->index_heads = 1;
   args->block_m = args->block_n = 1;
-  OW_CHECK((index.indptr == nullptr) == (index.indices == nullptr), op,
-           ": indptr and indices must come together, got one");
-  OW_CHECK((index.column_indptr == nullptr) == (index.columns == nullptr), op,
-           ": column_indptr and columns must come together, got one");
-  if (index.indptr == nullptr) {
-    OW_CHECK(index.columns == nullptr, op, ": columns must come with indptr and indices, got None");
-    return;
-  }
-  for (const auto& [name, size] : {std::pair("block_m", block_m), std::pair("block_n", block_n)}) {
-    OW_CHECK(size >= 16 && size <= 128 && size % 16 == 0, op, ": ", name,
-             " must be a multiple of 16 in 16 .. 128, got ", size);
-  }
+  if (index.indptr == nullptr) return;
   int64_t rows = 0;
   for (AttentionSequence& sequence : *sequences) {
     sequence.index_row = rows;
     rows += div_up(sequence.queries, block_m);
   }
-  check_lists(op, "indptr", *index.indptr, "indices", *index.indices, rows);
-  const int64_t heads = index.indptr->size(0);
-  OW_CHECK(heads == 1 || heads == args->kv_heads || heads == args->heads, op,
-           ": indptr must have 1, kv_heads = ", args->kv_heads, " or heads = ", args->heads,
-           " rows of lists, got ", heads);
-  if (index.columns != nullptr) {
-    check_lists(op, "column_indptr", *index.column_indptr, "columns", *index.columns, rows);
-    check_shape(op, "column_indptr", *index.column_indptr, {heads, rows + 1});
-  }
+  OW_CHECK(index.indptr->size(1) == rows + 1, op, ": indptr must have the ", rows,
+           " blocks of queries of cu_seqlens_q as rows, got ", index.indptr->size(1) - 1);
   check_list_offsets(op, "indptr", *index.indptr, *index.indices);
   if (index.columns != nullptr) {
     check_list_offsets(op, "column_indptr", *index.column_indptr, *index.columns);
   }
-  args->index_heads = heads;
+  args->index_heads = index.indptr->size(0);
   args->index_rows = rows;
   args->block_m = block_m;
   args->block_n = block_n;

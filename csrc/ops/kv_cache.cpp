@@ -57,10 +57,6 @@ void kv_append_op(const Tensor& keys, const Tensor& values, const std::optional<
   if (counts.has_value()) {
     check_each_sequence(kOp, "counts", *counts, p.b);
     args.counts = static_cast<const int32_t*>(counts->const_data_ptr());
-    for (int64_t i = 0; i < p.b; ++i) {
-      OW_CHECK(args.counts[i] >= 0 && args.counts[i] <= args.t, kOp, ": counts must be in 0 .. ",
-               args.t, " (tokens of keys), got ", args.counts[i]);
-    }
   }
   OW_CHECK(positions.has_value() == (p.positions != nullptr), kOp, ": positions must be ",
            p.positions != nullptr ? "given, as pages hold them" : "None, as pages hold none",
@@ -68,6 +64,11 @@ void kv_append_op(const Tensor& keys, const Tensor& values, const std::optional<
   if (positions.has_value()) {
     check_operand(kOp, "positions", *positions, ScalarType::Int, {p.b, args.t});
     args.positions = static_cast<const int32_t*>(positions->const_data_ptr());
+  }
+  check_kv_values(kOp, p);
+  for (int64_t i = 0; args.counts != nullptr && i < p.b; ++i) {
+    OW_CHECK(args.counts[i] >= 0 && args.counts[i] <= args.t, kOp, ": counts must be in 0 .. ",
+             args.t, " (tokens of keys), got ", args.counts[i]);
   }
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     const int64_t count = args.counts == nullptr ? args.t : args.counts[row / p.kv_heads];
@@ -79,6 +80,7 @@ void kv_append_op(const Tensor& keys, const Tensor& values, const std::optional<
 void kv_commit_op(Tensors tensors, Format format) {
   constexpr const char* kOp = "kv_commit";
   const KVPages p = check_kv_pages(kOp, tensors, format);
+  check_kv_values(kOp, p);
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) check_room(kOp, p, row, 0, true);
   KVAppendArgs args{};
   args.commit = true;
@@ -91,6 +93,7 @@ std::tuple<Tensor, Tensor> kv_read_op(Tensors tensors, Format format, int64_t be
   const int64_t capacity = p.max_pages * p.page_size;
   OW_CHECK(begin >= 0 && begin <= end && end <= capacity, kOp, ": begin and end must be in 0 .. ",
            capacity, " and rise, got ", begin, " and ", end);
+  check_kv_values(kOp, p);
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     check_kv_table(kOp, p, row, begin, min_of(end, p.keys.committed[row]));
     check_kv_table(kOp, p, row, begin, min_of(end, p.values.committed[row]));
@@ -107,6 +110,7 @@ void kv_rollback_op(const Tensor& drop, Tensors tensors, Format format) {
   constexpr const char* kOp = "kv_rollback";
   const KVPages p = check_kv_pages(kOp, tensors, format);
   check_each_sequence(kOp, "drop", drop, p.b);
+  check_kv_values(kOp, p);
   const int32_t* dropped = static_cast<const int32_t*>(drop.const_data_ptr());
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     const int64_t count = dropped[row / p.kv_heads];
@@ -163,6 +167,7 @@ void kv_compact_op(const Tensor& kept, const std::optional<Tensor>& begins, Tens
     check_each_sequence(kOp, "begins", *begins, p.b);
     args.begins = static_cast<const int32_t*>(begins->const_data_ptr());
   }
+  check_kv_values(kOp, p);
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     const int64_t begin = args.begins == nullptr ? 0 : args.begins[row / p.kv_heads];
     OW_CHECK(begin >= 0 && begin <= p.lengths[row], kOp, ": begins must be in 0 .. ",
@@ -217,6 +222,7 @@ void kv_merge_op(const Tensor& targets, const Tensor& own, const Tensor& indptr,
   check_operand(kOp, "own", own, ScalarType::Float, {p.b, p.kv_heads, args.m});
   check_operand(kOp, "indptr", indptr, ScalarType::Int, {p.b, p.kv_heads, args.m + 1});
   check_operand(kOp, "weights", weights, ScalarType::Float, {p.b, p.kv_heads, args.n});
+  check_kv_values(kOp, p);
   args.targets = static_cast<const int32_t*>(targets.const_data_ptr());
   args.own = static_cast<const float*>(own.const_data_ptr());
   args.indptr = static_cast<const int32_t*>(indptr.const_data_ptr());
@@ -246,11 +252,12 @@ Tensor select_pages_op(const Tensor& q_any, Tensors tensors, Format format, int6
   OW_CHECK(float_type(q_any) == p.type, kOp, ": q must be of the dtype of the pages, got ",
            dtype_name(q_any.scalar_type()));
   OW_CHECK(q_any.dim() == 4 && q_any.size(0) == p.b && q_any.size(1) >= 1 && q_any.size(2) >= 1 &&
-               q_any.size(2) % p.kv_heads == 0 && q_any.size(3) == p.keys.d,
+               p.kv_heads >= 1 && q_any.size(2) % p.kv_heads == 0 && q_any.size(3) == p.keys.d,
            kOp, ": q must be [b, t, heads, d] with b = ", p.b, ", heads a multiple of ", p.kv_heads,
            " and d = ", p.keys.d, ", got ", shape_text(q_any));
   OW_CHECK(budget >= 1 && budget <= kMaxBudget, kOp, ": budget must be in 1 .. ", kMaxBudget,
            ", got ", budget);
+  check_kv_values(kOp, p);
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     check_kv_table(kOp, p, row, 0, p.keys.committed[row]);
   }
@@ -276,6 +283,7 @@ void page_bounds_op(Tensors tensors, Format format) {
   constexpr const char* kOp = "page_bounds";
   const KVPages p = check_kv_pages(kOp, tensors, format);
   OW_CHECK(p.key_min != nullptr, kOp, ": pages must keep bounds, got a format without");
+  check_kv_values(kOp, p);
   for (int64_t row = 0; row < p.b * p.kv_heads; ++row) {
     check_kv_table(kOp, p, row, 0, p.keys.committed[row]);
   }

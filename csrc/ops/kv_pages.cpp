@@ -82,8 +82,9 @@ class Reader {
   size_t next_ = 0;
 };
 
-void check_codebook(const char* op, const std::string& part, const KVSide& side) {
+void check_codebook(const char* op, const char* part, const KVSide& side) {
   const float* table = side.table;
+  if (table == nullptr) return;
   for (int64_t i = 0; i < int64_t{1} << side.bits; ++i) {
     OW_CHECK(
         (float_to_bits(table[i]) & 0x7fffffff) < 0x7f800000 && (i == 0 || table[i - 1] <= table[i]),
@@ -130,7 +131,6 @@ void read_side(const char* op, const std::string& part, bool codebook, ScalarTyp
   if (codebook) {
     side->table =
         reader->data<float>(part + "_table", ScalarType::Float, {int64_t{1} << side->bits});
-    check_codebook(op, part, *side);
   }
   if (side->outliers > 0) {
     const int64_t shape[] = {p->pages, p->page_size, side->outliers};
@@ -215,8 +215,13 @@ KVPages check_kv_pages(const char* op, const std::vector<Tensor>& tensors,
     p.positions = reader.data<int32_t>("positions", ScalarType::Int,
                                        {p.b, p.kv_heads, p.max_pages * p.page_size});
   }
-  check_tokens(op, p);
   return p;
+}
+
+void check_kv_values(const char* op, const KVPages& pages) {
+  check_codebook(op, "key", pages.keys);
+  check_codebook(op, "value", pages.values);
+  check_tokens(op, pages);
 }
 
 void check_kv_table(const char* op, const KVPages& p, int64_t row, int64_t begin, int64_t end) {

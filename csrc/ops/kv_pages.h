@@ -14,10 +14,13 @@
 
 namespace ow {
 
-// Checks everything but the page numbers, of which an operator checks those that it uses: shapes,
-// and in O(rows) lengths and tokens in pages.
+// Checks the format and the dtypes, shapes and layouts of the tensors.
 KVPages check_kv_pages(const char* op, const std::vector<Tensor>& tensors,
                        const std::vector<int64_t>& format);
+
+// Checks what they hold but for the page numbers, of which an operator checks those that it uses:
+// codebooks, and in O(rows) lengths and tokens in pages.
+void check_kv_values(const char* op, const KVPages& pages);
 
 // Pages of tokens [begin, end) of a row must be numbers of pages.
 void check_kv_table(const char* op, const KVPages& pages, int64_t row, int64_t begin, int64_t end);

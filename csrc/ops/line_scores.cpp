@@ -15,10 +15,13 @@ std::tuple<Tensor, Tensor> line_scores_op(const Tensor& q, const Tensor& k,
   constexpr const char* kOp = "line_scores";
   check_queries_and_keys(kOp, q, k);
   OW_CHECK(probes >= 1, kOp, ": probes must be at least 1, got ", probes);
+  const Tensor* offsets_q = or_null(cu_seqlens_q);
+  const Tensor* offsets_k = or_null(cu_seqlens_k);
+  check_sequence_pairs(kOp, q, k, offsets_q, offsets_k);
+  check_longest(kOp, "max_keys", max_keys, k.size(1), offsets_k);
   LineScoresArgs args{};
-  args.queries = check_sequences(kOp, "q", q, "cu_seqlens_q", or_null(cu_seqlens_q));
-  args.keys = check_sequences(kOp, "k", k, "cu_seqlens_k", or_null(cu_seqlens_k));
-  check_same_count(kOp, args.queries, args.keys);
+  args.queries = read_sequences(kOp, q, "cu_seqlens_q", offsets_q);
+  args.keys = read_sequences(kOp, k, "cu_seqlens_k", offsets_k);
   OW_CHECK(max_keys == args.keys.longest(), kOp, ": max_keys must be the longest sequence of k, ",
            args.keys.longest(), ", got ", max_keys);
   args.heads = q.size(2);

@@ -223,17 +223,17 @@ std::tuple<Tensor, Tensor, Tensor> pack_lowbit_op(const Tensor& codes_any, const
       check_lowbit_geometry(kOp, layout, codes_any.size(0), codes_any.size(1), group_size);
   check_float(kOp, "scales", scales_any);
   check_shape(kOp, "scales", scales_any, {w.n, w.groups});
-  const Tensor codes = as_contiguous(codes_any);
-  const Tensor scales = as_contiguous(scales_any);
-  check_codes(kOp, "codes", codes, bits);
-  check_finite(kOp, scales);
   std::optional<Tensor> zeros;
   if (zeros_any.has_value()) {
     check_dtype(kOp, "zeros", *zeros_any, ScalarType::Byte);
     check_shape(kOp, "zeros", *zeros_any, {w.n, w.groups});
     zeros = as_contiguous(*zeros_any);
-    check_codes(kOp, "zeros", *zeros, bits);
   }
+  const Tensor codes = as_contiguous(codes_any);
+  const Tensor scales = as_contiguous(scales_any);
+  check_codes(kOp, "codes", codes, bits);
+  check_finite(kOp, scales);
+  if (zeros.has_value()) check_codes(kOp, "zeros", *zeros, bits);
   Tensor packed = fast_empty(
       {w.panels, w.k_padded / block_k(layout->bits), 2, block_bytes(layout->bits) / 128, kHalf, 4},
       ScalarType::Byte);

@@ -44,6 +44,10 @@ void check_rotation(const Tensor* cos, const Tensor* sin, const KVPages& kv,
   }
   args->cos = static_cast<const float*>(cos->const_data_ptr());
   args->sin = static_cast<const float*>(sin->const_data_ptr());
+}
+
+// Every token held must have a row of the `positions` in cos.
+void check_positions(const KVPages& kv, int64_t positions) {
   for (int64_t row = 0; row < kv.b * kv.kv_heads; ++row) {
     for (int64_t token = 0; token < kv.lengths[row]; ++token) {
       const int64_t places = kv.max_pages * kv.page_size;
@@ -61,8 +65,13 @@ void check_selected(const Tensor* selected, const KVPages& kv, PagedAttentionArg
   check_operand(kOp, "selected", *selected, ScalarType::Int, {kv.b, kv.kv_heads, budget});
   args->selected = static_cast<const int32_t*>(selected->const_data_ptr());
   args->budget = budget;
+}
+
+void check_places(const PagedAttentionArgs& args) {
+  const KVPages& kv = args.kv;
+  const int64_t budget = args.selected == nullptr ? 0 : args.budget;
   for (int64_t row = 0; row < kv.b * kv.kv_heads; ++row) {
-    const int32_t* places = args->selected + row * budget;
+    const int32_t* places = args.selected + row * budget;
     const int64_t pages = div_up(kv.lengths[row], kv.page_size);
     for (int64_t i = 0; i < budget; ++i) {
       const int64_t before = i == 0 ? -1 : places[i - 1];
@@ -101,6 +110,9 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q_any, std::vector<T
   std::tie(args.queries, args.heads) = check_queries(q_any, kv);
   check_rotation(or_null(cos), or_null(sin), kv, &args);
   check_selected(or_null(selected), kv, &args);
+  check_kv_values(kOp, kv);
+  if (cos.has_value()) check_positions(kv, cos->size(0));
+  check_places(args);
   check_tables(args);
   Tensor y = fast_empty({kv.b, args.queries, args.heads, kv.values.d}, q_any.scalar_type());
   Tensor lse = fast_empty({kv.b, args.queries, args.heads}, ScalarType::Float);

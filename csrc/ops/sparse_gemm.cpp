@@ -21,8 +21,7 @@ ValueType check_value_dtype(const char* op, const char* name, const Tensor& tens
   }
 }
 
-// Offsets in 0 .. nnz are all that reading and writing `values` depends on (see the layout).
-SparsePattern check_pattern(const char* op, const Tensor& masks, const Tensor& offsets, int64_t nnz,
+SparsePattern check_pattern(const char* op, const Tensor& masks, const Tensor& offsets,
                             int64_t layout, int64_t n, int64_t k) {
   check_layout_is(op, layout, kLayout);
   check_weight_size(op, n, k);
@@ -31,10 +30,14 @@ SparsePattern check_pattern(const char* op, const Tensor& masks, const Tensor& o
   check_operand(op, "offsets", offsets, ScalarType::Int, {w.panels, w.k_blocks});
   w.masks = static_cast<const uint64_t*>(masks.const_data_ptr());
   w.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  return w;
+}
+
+// Offsets in 0 .. nnz are all that reading and writing `values` depends on (see the layout).
+void check_offsets_inside(const char* op, const SparsePattern& w, int64_t nnz) {
   bool inside = true;
   for (int64_t i = 0; i < w.panels * w.k_blocks; ++i) inside &= uint32_t(w.offsets[i]) <= nnz;
   OW_CHECK(inside, op, ": offsets must be in 0 .. ", nnz, " (nnz), got one outside");
-  return w;
 }
 
 void check_nnz(const char* op, int64_t nnz, int64_t n, int64_t k) {
@@ -56,11 +59,12 @@ Tensor multiply(const char* op, const Tensor& x_any, const Tensor& values, const
                 const Tensor* bias, const Tensor* add, const SparsePattern& w) {
   Tensor y = linear_result(op, x_any, w.n, bias, add);
   SparseGemmArgs args{};
+  args.w = w;
+  args.nnz = values.size(0) - kSparseBlockSize;
+  check_offsets_inside(op, w, args.nnz);
   args.m = y.numel() / w.n;
   if (args.m == 0) return y;
   const Tensor x = as_contiguous(x_any);
-  args.w = w;
-  args.nnz = values.size(0) - kSparseBlockSize;
   args.values = values.const_data_ptr();
   args.value_type = check_value_dtype(op, "values", values);
   args.scales = static_cast<const float*>(const_data(scales));
@@ -83,8 +87,8 @@ Tensor sparse_linear(const Tensor& x, const Tensor& masks, const Tensor& offsets
   constexpr const char* kOp = "sparse_linear";
   check_linear_x(kOp, x, k);
   check_value_dtype(kOp, "values", values);
-  const int64_t nnz = check_values(kOp, values);
-  const SparsePattern w = check_pattern(kOp, masks, offsets, nnz, layout, n, k);
+  check_values(kOp, values);
+  const SparsePattern w = check_pattern(kOp, masks, offsets, layout, n, k);
   if (scales.has_value()) check_operand(kOp, "scales", *scales, ScalarType::Float, {n});
   return multiply(kOp, x, values, or_null(scales), or_null(bias), or_null(add), w);
 }
@@ -98,7 +102,7 @@ Tensor sparse_linear_train(const Tensor& x, const Tensor& values, const Tensor& 
   check_linear_x(kOp, x, k);
   check_dtype(kOp, "values", values, ScalarType::Float);
   const int64_t nnz = check_values(kOp, values);
-  const SparsePattern w = check_pattern(kOp, masks, offsets, nnz, layout, n, k);
+  const SparsePattern w = check_pattern(kOp, masks, offsets, layout, n, k);
   const SparsePattern t = sparse_pattern(k, n);
   check_operand(kOp, "t_masks", t_masks, ScalarType::Long, {t.panels, t.k_blocks, kSparsePanel});
   check_operand(kOp, "t_offsets", t_offsets, ScalarType::Int, {t.panels, t.k_blocks});
@@ -123,7 +127,8 @@ Tensor sparse_values_grad(const Tensor& g_any, const Tensor& x_any, const Tensor
   check_weight_size(kOp, n, k);
   check_nnz(kOp, nnz, n, k);
   SampledGemmArgs args{};
-  args.w = check_pattern(kOp, masks, offsets, nnz, layout, n, k);
+  args.w = check_pattern(kOp, masks, offsets, layout, n, k);
+  check_offsets_inside(kOp, args.w, nnz);
   const Tensor g = as_contiguous(g_any);
   const Tensor x = as_contiguous(x_any);
   args.m = g.numel() / n;
@@ -183,7 +188,8 @@ Tensor expand_sparse_op(const Tensor& masks, const Tensor& offsets, const Tensor
   constexpr const char* kOp = "expand_sparse";
   const ValueType type = check_value_dtype(kOp, "values", values);
   const int64_t nnz = check_values(kOp, values);
-  const SparsePattern w = check_pattern(kOp, masks, offsets, nnz, layout, n, k);
+  const SparsePattern w = check_pattern(kOp, masks, offsets, layout, n, k);
+  check_offsets_inside(kOp, w, nnz);
   Tensor weight = fast_empty({n, k}, values.scalar_type());
   expand_sparse(w, type, values.const_data_ptr(), weight.mutable_data_ptr(), torch_parallel());
   return weight;

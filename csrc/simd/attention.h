@@ -165,14 +165,21 @@ OW_INLINE void soften(float* scores, int64_t count, int64_t dv, float* state) {
     store_n(&l, mul(set1(l), factor), 1);
   }
   m = largest;
+  // exp_ has no NaN to give; a score that is not finite minus itself is one.
+  const auto weigh = [&](VecF score) __attribute__((always_inline)) {
+    return add(exp_(sub(score, set1(largest))), sub(score, score));
+  };
   VecF total = set1(0.0f);
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t some = min_of(kLanes, count - j);
-    const VecF score = load_n(scores + j, some);
-    const VecF weight = exp_(sub(score, set1(largest)));
-    // exp_ has no NaN to give; a score that is not finite minus itself is one.
-    store_n(scores + j, add(weight, sub(score, score)), some);
-    total = add(total, load_n(scores + j, some));
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const VecF weight = weigh(load(scores + j));
+    store(scores + j, weight);
+    total = add(total, weight);
+  }
+  if (j < count) {
+    // Read back for its zeros past the end.
+    store_n(scores + j, weigh(load_n(scores + j, count - j)), count - j);
+    total = add(total, load_n(scores + j, count - j));
   }
   l += sum(total);
 }

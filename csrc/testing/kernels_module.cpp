@@ -16,15 +16,21 @@
 #include "core/layout.h"
 #include "kernels/activations/activations.h"
 #include "kernels/active_gemv/active_gemv.h"
+#include "kernels/block_scores/block_scores.h"
 #include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
+#include "kernels/kv_cache/kv_cache.h"
+#include "kernels/line_scores/line_scores.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
+#include "kernels/paged_attention/paged_attention.h"
 #include "kernels/quantize/quantize.h"
 #include "kernels/sparse_gemm/sparse_gemm.h"
 #include "testing/arrays_module.h"
 #include "testing/block_attention_module.h"
+#include "testing/cache_kernels.h"
 #include "testing/nm_gemm_module.h"
 #include "testing/peaks.h"
+#include "testing/scores_kernels.h"
 #include "testing/sparse_kernels.h"
 
 namespace ow {
@@ -101,6 +107,10 @@ std::vector<std::tuple<std::string, std::string, int32_t, int64_t>> kernel_table
   if (family == "activations") return {OW_ACTIVATIONS_KERNELS(OW_ROW)};
   if (family == "decode_attention") return {OW_DECODE_ATTENTION_KERNELS(OW_ROW)};
   if (family == "block_attention") return {OW_BLOCK_ATTENTION_KERNELS(OW_ROW)};
+  if (family == "block_scores") return {OW_BLOCK_SCORES_KERNELS(OW_ROW)};
+  if (family == "kv_cache") return {OW_KV_CACHE_KERNELS(OW_ROW)};
+  if (family == "line_scores") return {OW_LINE_SCORES_KERNELS(OW_ROW)};
+  if (family == "paged_attention") return {OW_PAGED_ATTENTION_KERNELS(OW_ROW)};
   if (family == "sparse_gemm") return {OW_SPARSE_GEMM_KERNELS(OW_ROW)};
   if (family == "sampled_gemm") return {OW_SAMPLED_GEMM_KERNELS(OW_ROW)};
   if (family == "block_sparse_gemm") return {OW_BLOCK_SPARSE_GEMM_KERNELS(OW_ROW)};
@@ -366,5 +376,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("keys"), py::arg("values"), py::arg("scale"), py::arg("y"), py::arg("lse"),
         "Writes y [b, queries, heads, dv] and lse [b, queries, heads], which may be None; keys and "
         "values [b, kv_heads, n, d and dv] may be strided, their last dimension contiguous.");
+  ow::bind_cache_kernels(m);
+  ow::bind_scores_kernels(m);
   ow::bind_sparse_kernels(m);
 }

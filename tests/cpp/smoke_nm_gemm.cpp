@@ -76,6 +76,9 @@ void fill_weight(Gemm* p) {
               reversed_parallel(3));
 }
 
+// Of 6 variants, those that make x and y bf16: this one and the next.
+constexpr int kBf16 = 2;
+
 // `variant` picks the types and the optional terms.
 Gemm make_gemm(const Shape& shape, int32_t bits, bool int8, int variant) {
   Gemm p;
@@ -161,7 +164,7 @@ void check_kernel(const KernelEntry<const NmGemmKernels*>& entry, const Shape& s
   const int32_t bits = layout_info(entry.key / 2)->bits;
   const Gemm p = make_gemm(shape, bits, entry.key % 2 == 1, variant);
   if (shape.m > entry.max_m) return;
-  if (p.args.int8 && entry.isa > Isa::avx2 && !nm_lines_fit_groups(p.args)) return;
+  if (nm_tier(p.args, entry.isa) != entry.isa) return;
   const NmGemmKernels& kernels = *entry.fn;
   for (const Against side : kSides) {
     memory->restart(side);
@@ -182,18 +185,19 @@ void check_kernel(const KernelEntry<const NmGemmKernels*>& entry, const Shape& s
 }
 
 constexpr Shape kShapes[] = {
-    {1, 1, 1, 32, 2, 4, 1},     {1, 33, 100, 32, 2, 4, 1},   {2, 31, 130, 64, 2, 4, 8},
-    {3, 16, 70, 128, 2, 4, 16}, {4, 65, 128, 32, 2, 4, 32},  {5, 17, 75, 64, 1, 4, 1},
-    {8, 20, 64, 64, 3, 4, 1},   {9, 47, 150, 128, 4, 8, 8},  {17, 33, 90, 90, 5, 8, 1},
-    {6, 33, 96, 32, 7, 16, 16}, {20, 18, 200, 64, 1, 16, 1}, {7, 40, 300, 128, 2, 32, 32},
-    {1, 17, 65, 65, 1, 32, 1},  {3, 17, 64, 32, 31, 32, 8},  {131, 20, 40, 32, 2, 4, 1},
-    {40, 270, 36, 32, 2, 4, 16}};
+    {1, 1, 1, 32, 2, 4, 1},      {1, 33, 100, 32, 2, 4, 1},   {2, 31, 130, 64, 2, 4, 8},
+    {3, 16, 70, 128, 2, 4, 16},  {4, 65, 128, 32, 2, 4, 32},  {5, 17, 75, 64, 1, 4, 1},
+    {8, 20, 64, 64, 3, 4, 1},    {9, 47, 150, 128, 4, 8, 8},  {17, 33, 90, 90, 5, 8, 1},
+    {6, 33, 96, 32, 7, 16, 16},  {20, 18, 200, 64, 1, 16, 1}, {7, 40, 300, 128, 2, 32, 32},
+    {1, 17, 65, 65, 1, 32, 1},   {3, 17, 64, 32, 31, 32, 8},  {131, 20, 40, 32, 2, 4, 1},
+    {40, 270, 36, 32, 2, 4, 16}, {70, 35, 300, 64, 2, 4, 1},  {139, 34, 530, 64, 3, 8, 8}};
 
 void check_driver() {
   const Shape shape{9, 700, 300, 64, 2, 4, 1};
   for (int tier = 0; tier <= int(detected_isa()); ++tier) {
-    for (const bool int8 : {false, true}) {
-      Gemm p = make_gemm(shape, 4, int8, 1);
+    for (const int32_t bits : {4, 8, 16}) {
+      const bool int8 = bits == 8;
+      Gemm p = make_gemm(shape, bits, int8, kBf16);
       NmGemmArgs a = p.args;
       a.x = p.x.data();
       a.x_scales = p.x_scales.data();
@@ -257,12 +261,13 @@ void check_any_index(Guarded* memory) {
     if (entry.isa > detected_isa()) continue;
     running = entry.name;
     for (const Shape& shape : kShapes) {
-      Gemm p = make_gemm(shape, layout_info(entry.key / 2)->bits, entry.key % 2 == 1, 0);
+      const int variant = entry.isa > Isa::avx512 ? kBf16 : 0;
+      Gemm p = make_gemm(shape, layout_info(entry.key / 2)->bits, entry.key % 2 == 1, variant);
       if (shape.m > entry.max_m) continue;
-      if (p.args.int8 && entry.isa > Isa::avx2 && !nm_lines_fit_groups(p.args)) continue;
+      if (nm_tier(p.args, entry.isa) != entry.isa) continue;
       for (uint8_t& byte : p.index) byte = uint8_t(rng.below(256));
       memory->restart(Against::end);
-      const NmGemmArgs a = guarded_args(p, 0, entry.fn->laid_bytes(p.args), memory);
+      const NmGemmArgs a = guarded_args(p, variant, entry.fn->laid_bytes(p.args), memory);
       entry.fn->lay_out(a, 0, div_up(a.m, entry.fn->row_block));
       entry.fn->multiply(a, 0, div_up(a.n, kNmPanel));
       CHECK(memory->intact(), "%s: wrote outside of y", entry.name);
@@ -276,7 +281,12 @@ void check_nm_gemm(Guarded* memory) {
   int variant = 0;
   for (const auto& entry : kKernels) {
     if (entry.isa > detected_isa()) continue;
-    for (const Shape& shape : kShapes) check_kernel(entry, shape, variant += 5, memory);
+    for (const Shape& shape : kShapes) {
+      variant += 5;
+      // Above avx512 kernels read bf16 only.
+      const int of_bf16 = variant / 6 * 6 + kBf16 + variant % 2;
+      check_kernel(entry, shape, entry.isa > Isa::avx512 ? of_bf16 : variant, memory);
+    }
   }
   check_any_index(memory);
   check_driver();

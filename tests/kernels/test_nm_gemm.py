@@ -77,10 +77,19 @@ def bits_of(entry: Entry) -> int:
     return int(tag[2 : tag.index("_")])
 
 
-def takes(entry: Entry, m: int, pattern: tuple[int, int], k: int, group_size: int) -> bool:
+def multiplies_pairs(entry: Entry) -> bool:
+    """Reads bf16 x only, and of patterns of each row only 2:4."""
+    return entry.tier == "avx512bf16"
+
+
+def takes(
+    entry: Entry, m: int, pattern: tuple[int, int], k: int, group_size: int, vector: int
+) -> bool:
     """Whether the driver would hand the problem to this kernel's tier."""
     if m > entry.max_m:
         return False
+    if multiplies_pairs(entry):
+        return vector > 1 or pattern == (2, 4)
     lines_fit = group_size == k or group_size // pattern[1] * pattern[0] % 4 == 0
     anything = entry.tier in ("scalar", "avx2") or not reads_int8(entry)
     return anything or (lines_fit and pattern != (1, 32))
@@ -113,6 +122,7 @@ def make(
     y_type: str = "float32",
 ) -> Problem:
     bits = bits_of(entry)
+    y_type = "bfloat16" if multiplies_pairs(entry) else y_type
     mask = random_mask(rng, n, k, pattern, vector)
     scales = None
     if bits <= 8:
@@ -163,6 +173,13 @@ def test_rows(entry: Entry, rng: np.random.Generator) -> None:
             check(entry, make(entry, rng, m, 33, 72, vector=vector))
 
 
+def test_columns_of_many_tokens(entry: Entry, rng: np.random.Generator) -> None:
+    """As many slots as are multiplied at a time, and one more unit."""
+    for m in (33, 150):
+        for vector in VECTORS if m <= entry.max_m else ():
+            check(entry, make(entry, rng, m, 33, 577, vector=vector, group_size=64))
+
+
 def test_outputs(entry: Entry, rng: np.random.Generator) -> None:
     for n in OUTPUTS:
         for vector in VECTORS:
@@ -171,18 +188,19 @@ def test_outputs(entry: Entry, rng: np.random.Generator) -> None:
 
 def test_depths_and_patterns(entry: Entry, rng: np.random.Generator) -> None:
     for pattern in PATTERNS:
+        vector = 8 if multiplies_pairs(entry) and pattern != (2, 4) else 1
         for k in DEPTHS:
             for group_size in {32, 64, 128, k} if bits_of(entry) <= 8 else {k}:
-                if takes(entry, 2, pattern, k, group_size):
-                    p = make(entry, rng, 2, 17, k, pattern=pattern, group_size=group_size)
-                    check(entry, p)
+                if takes(entry, 2, pattern, k, group_size, vector):
+                    options = {"pattern": pattern, "group_size": group_size, "vector": vector}
+                    check(entry, make(entry, rng, 2, 17, k, **options))
 
 
 def test_vectors_and_patterns(entry: Entry, rng: np.random.Generator) -> None:
     for pattern in PATTERNS:
         for vector in VECTORS:
             for m in (1, 6, 40):
-                if takes(entry, m, pattern, 150, 128):
+                if takes(entry, m, pattern, 150, 128, vector):
                     p = make(entry, rng, m, 70, 150, pattern=pattern, vector=vector, group_size=128)
                     check(entry, p)
 
@@ -192,6 +210,8 @@ def test_vectors_and_patterns(entry: Entry, rng: np.random.Generator) -> None:
 def test_types_and_terms(
     entry: Entry, rng: np.random.Generator, scale_type: str, y_type: str
 ) -> None:
+    if multiplies_pairs(entry) and y_type != "bfloat16":
+        pytest.skip("reads bf16 only")
     for m, n in ((1, 33), (3, 17), (8, 47), (20, 65)):
         if m > entry.max_m:
             continue
@@ -209,8 +229,9 @@ def test_types_and_terms(
 def test_each_column_is_where_it_belongs(entry: Entry, rng: np.random.Generator) -> None:
     """With a single nonzero x, y is that column of the weight, exactly."""
     for pattern in PATTERNS:
-        p = make(entry, rng, 1, 33, 70, pattern=pattern, group_size=64)
-        if not takes(entry, 1, pattern, 70, 64):
+        vector = 8 if multiplies_pairs(entry) and pattern != (2, 4) else 1
+        p = make(entry, rng, 1, 33, 70, pattern=pattern, group_size=64, vector=vector)
+        if not takes(entry, 1, pattern, 70, 64, vector):
             continue
         if p.scales is not None:
             p = replace(p, scales=np.ones_like(p.scales))
@@ -218,7 +239,7 @@ def test_each_column_is_where_it_belongs(entry: Entry, rng: np.random.Generator)
             p = replace(p, x_scales=np.ones_like(p.x_scales))
         for column in range(70):
             x = np.zeros_like(p.x)
-            x[:, column] = 1
+            x[:, column] = floats.store(1, "bfloat16") if x.dtype == np.uint16 else 1
             y = run(entry.name, replace(p, x=x))
             assert np.array_equal(floats.load(y)[0], p.dense()[:, column])
 
@@ -265,7 +286,7 @@ def test_not_finite_rows_reach_only_themselves(entry: Entry, rng: np.random.Gene
             assert np.isnan(broken[1]).all()
         else:
             x = p.x.copy()
-            x[1] = np.nan
+            x[1] = 0x7FC0 if x.dtype == np.uint16 else np.nan
             broken = run(entry.name, replace(p, x=x))
         others = np.arange(m) != 1
         assert np.array_equal(broken[others], y[others])

@@ -1,10 +1,12 @@
 // How much attention the last queries of a sequence pay to each key, and to each distance:
 //
-//   A[i,j] = softmax_j(scale * q_i . k_j), j <= p_i        for the last w = min(probes, sq, sk)
-//   queries columns[j]   = sum_i A[i, j]                           which are at p_i = sk - w .. sk
-//   - 1 diagonals[t] = sum_i A[i, p_i - t]
+//   A[i,j] = softmax_j(scale * q_i . k_j), j <= p_i
 //
-// for each query head; head x reads key head x // (heads / kv_heads). Both sum up to w. They are
+//   columns[j]   = sum_i A[i, j]
+//   diagonals[t] = sum_i A[i, p_i - t]
+//
+// over the last w = min(probes, sq, sk) queries i, which are at p_i = sk - w .. sk - 1, for each
+// query head; head x reads key head x // (heads / kv_heads). Both sum up to w. They are
 // the vertical and slash lines of MInference (Jiang et al., 2024), and the profiles of FlexPrefill.
 //
 // Queries are lanes, 64 of them a panel, so that a product's operands are a key's elements,

@@ -15,9 +15,8 @@ constexpr int64_t kWorkPerTask = 1 << 17;
 constexpr int64_t kLaidPerTask = 1 << 14;
 
 const NmGemmKernels& kernels_for(const NmGemmArgs& args, Isa isa) {
-  if (args.int8 && isa > Isa::avx2 && !nm_lines_fit_groups(args)) isa = Isa::avx2;
   const int32_t key = nm_key(layout_for_bits(LayoutFamily::nm, args.bits)->id, args.int8);
-  return *pick(kTable, isa, key, args.m).fn;
+  return *pick(kTable, nm_tier(args, isa), key, args.m).fn;
 }
 
 }  // namespace

@@ -30,8 +30,9 @@
 // blocks, so no packed weight makes a kernel read outside of x.
 //
 // Two ways to compute, in both of which a result does not depend on the number of threads:
-//   float   fp32 products and sums of x and w
-//   int8    x = x_scale[i] * int8 (kernels/quantize), int8 and int4 values only: a group's sum is
+//   float   fp32 products and sums of x and w; where both are bf16, a tier may count denormals as
+//   zero int8    x = x_scale[i] * int8 (kernels/quantize), int8 and int4 values only: a group's sum
+//   is
 //           exact in int32, and only the fp32 sum over groups is rounded
 #pragma once
 
@@ -116,7 +117,7 @@ struct NmGemmKernels {
 constexpr int32_t nm_key(Layout layout, bool int8) { return int32_t(layout) * 2 + int8; }
 
 // "rows" kernels select from a row of x in registers and are bound by memory; "panel" kernels
-// multiply a weight by many tokens at once.
+// multiply a weight by many tokens at once, and "pairs" kernels two of them.
 #define OW_NM_GEMM_EACH_INT(X, isa, int8, max_m, kernels) \
   X(isa, nm_key(Layout::nm4_n16k8, int8), max_m, kernels) \
   X(isa, nm_key(Layout::nm8_n16k4, int8), max_m, kernels)
@@ -128,24 +129,32 @@ constexpr int32_t nm_key(Layout layout, bool int8) { return int32_t(layout) * 2 
 // Rows up to which selecting in registers beats a panel of one vector of tokens.
 constexpr int64_t kNmRowsMaxM = 8;
 
-#define OW_NM_GEMM_KERNELS(X)                                                       \
-  OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kNmRowsMaxM, nm_gemm_rows_avx512)) \
-  OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kAnyM, nm_gemm_panel_avx512))      \
-  OW_IF_AVX512(OW_NM_GEMM_EACH_INT(X, avx512, true, kAnyM, nm_gemm_int8_avx512))    \
-  OW_IF_AVX2(OW_NM_GEMM_EACH_LAYOUT(X, avx2, kAnyM, nm_gemm_panel_avx2))            \
-  OW_IF_AVX2(OW_NM_GEMM_EACH_INT(X, avx2, true, kAnyM, nm_gemm_int8_avx2))          \
-  OW_NM_GEMM_EACH_LAYOUT(X, scalar, kAnyM, nm_gemm_scalar)                          \
+#define OW_NM_GEMM_KERNELS(X)                                                            \
+  OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kNmRowsMaxM, nm_gemm_rows_avx512))      \
+  OW_IF_AVX512BF16(                                                                      \
+      X(avx512bf16, nm_key(Layout::nm16_n16k2, false), kAnyM, nm_gemm_pairs_avx512bf16)) \
+  OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kAnyM, nm_gemm_panel_avx512))           \
+  OW_IF_AVX512(OW_NM_GEMM_EACH_INT(X, avx512, true, kAnyM, nm_gemm_int8_avx512))         \
+  OW_IF_AVX2(OW_NM_GEMM_EACH_LAYOUT(X, avx2, kAnyM, nm_gemm_panel_avx2))                 \
+  OW_IF_AVX2(OW_NM_GEMM_EACH_INT(X, avx2, true, kAnyM, nm_gemm_int8_avx2))               \
+  OW_NM_GEMM_EACH_LAYOUT(X, scalar, kAnyM, nm_gemm_scalar)                               \
   OW_NM_GEMM_EACH_INT(X, scalar, true, kAnyM, nm_gemm_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const NmGemmKernels kernels;
 OW_NM_GEMM_KERNELS(OW_DECLARE)
 #undef OW_DECLARE
 
-// Whether the int8 kernels of tiers above avx2 can take a weight: four slots of a line lie in one
-// group, and within 64 columns.
-OW_INLINE bool nm_lines_fit_groups(const NmGemmArgs& a) {
-  const bool narrow = a.block < 32 || a.kept > 1;
-  return narrow && (a.groups == 1 || a.group_size / a.block * a.kept % 4 == 0);
+// The tier, at most `isa`, whose kernels take a call. int8 above avx2: four slots of a line must
+// lie in one group, and within 64 columns. bf16 pairs: x is bf16, and the pattern 2:4 or shared.
+OW_INLINE Isa nm_tier(const NmGemmArgs& a, Isa isa) {
+  if (a.int8) {
+    const bool narrow = a.block < 32 || a.kept > 1;
+    const bool in_group = a.groups == 1 || a.group_size / a.block * a.kept % 4 == 0;
+    return isa > Isa::avx2 && !(narrow && in_group) ? Isa::avx2 : isa;
+  }
+  const bool pairs = a.vector > 1 || (a.kept == 2 && a.block == 4);
+  const bool bf16_pairs = a.bits == 16 && a.y_type == FloatType::bf16 && pairs;
+  return isa > Isa::avx512 && !bf16_pairs ? Isa::avx512 : isa;
 }
 
 // Scratch memory that nm_gemm wants at args.laid.

@@ -75,6 +75,23 @@ OW_INLINE void finish(const NmGemmArgs& a, int64_t row, int64_t n, const float* 
   }
 }
 
+// y of a panel of outputs, for `width` rows from `row` on, from sums [16][width].
+OW_INLINE void finish_tile(const NmGemmArgs& a, int64_t panel, int64_t row, int64_t width,
+                           const float* sums) {
+  for (int64_t t = 0; t < width; t += kLanes) {
+    alignas(64) float totals[kLanes][kNmPanel];
+    for (int64_t lane = 0; lane < kNmPanel; lane += kLanes) {
+      VecF tile[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(sums + (lane + j) * width + t);
+      transpose(tile);
+      for (int64_t j = 0; j < kLanes; ++j) store(totals[j] + lane, tile[j]);
+    }
+    for (int64_t j = 0; j < min_of(kLanes, a.m - row - t); ++j) {
+      finish(a, row + t + j, panel * kNmPanel, totals[j]);
+    }
+  }
+}
+
 // --- decoding ------------------------------------------------------------------------------------
 
 // Slots of one unit of a panel, unpacked. Plain loops over 16 lanes: the compiler makes one vector
@@ -89,15 +106,22 @@ struct IndexLines {
   alignas(64) uint32_t words[5][kNmPanel];
 
   IndexLines(const uint8_t* from, int64_t count, int64_t lanes) {
-    for (int64_t line = 0; line < count; ++line, from += lanes * 4) {
-      uint32_t shared[2];
-      memcpy(shared, from, 4);
-      memcpy(shared + 1, from + (lanes == 2 ? 4 : 0), 4);
-      if (lanes == kNmPanel) {
-        memcpy(words[line], from, 64);
-      } else {
-        for (int i = 0; i < kNmPanel; ++i) words[line][i] = shared[i / 8];
+    if (lanes == kNmPanel) {
+      memcpy(words, from, size_t(count) * 64);
+      return;
+    }
+    // Spread from a copy: of words at a stride GCC 12 loads whole vectors, also past the last.
+    uint32_t shared[5][2];
+    if (lanes == 2) {
+      memcpy(shared, from, size_t(count) * 8);
+    } else {
+      for (int64_t line = 0; line < count; ++line) {
+        memcpy(&shared[line][0], from + line * 4, 4);
+        shared[line][1] = shared[line][0];
       }
+    }
+    for (int64_t line = 0; line < count; ++line) {
+      for (int i = 0; i < kNmPanel; ++i) words[line][i] = shared[line][i / 8];
     }
   }
 };

@@ -170,25 +170,6 @@ OW_INLINE void multiply_tile(const float* x, const Tile& tile, Slots slots, bool
   }
 }
 
-// y of a panel of outputs and a panel of tokens from sums [16][stride].
-OW_INLINE void finish_tile(const NmGemmArgs& a, int64_t panel, const Tokens& tokens,
-                           const float* sums) {
-  const int64_t stride = tokens.stride();
-  for (int64_t t = 0; t < stride; t += kLanes) {
-    alignas(64) float totals[kLanes][kNmPanel];
-    for (int64_t lane = 0; lane < kNmPanel; lane += kLanes) {
-      VecF tile[kLanes];
-      for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(sums + (lane + j) * stride + t);
-      transpose(tile);
-      for (int64_t j = 0; j < kLanes; ++j) store(totals[j] + lane, tile[j]);
-    }
-    const int64_t row = tokens.begin * kLanes + t;
-    for (int64_t j = 0; j < min_of(kLanes, a.m - row); ++j) {
-      finish(a, row + j, panel * kNmPanel, totals[j]);
-    }
-  }
-}
-
 // Slots multiplied at a time: as many of a unit as the columns they span are few.
 OW_INLINE int64_t slots_at_a_time(const NmGemmArgs& a) {
   int64_t slots = kNmUnit;
@@ -223,7 +204,7 @@ void multiply_panels(const NmGemmArgs& a, int64_t begin, int64_t end) {
         }
       }
       for (int64_t p = 0; p < panels; ++p) {
-        finish_tile(a, first + p, tokens, sums + p * kNmPanel * stride);
+        finish_tile(a, first + p, tokens.begin * kLanes, stride, sums + p * kNmPanel * stride);
       }
     }
   }

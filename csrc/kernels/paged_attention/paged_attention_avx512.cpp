@@ -2,7 +2,6 @@
 
 namespace ow {
 
-const PagedAttentionKernels paged_attention_avx512 = {avx512::attend<avx512::Products>,
-                                                      avx512::merge};
+const PagedAttentionKernels paged_attention_avx512 = {avx512::attend_products, avx512::merge};
 
 }  // namespace ow

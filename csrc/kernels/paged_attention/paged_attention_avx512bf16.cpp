@@ -2,7 +2,7 @@
 
 namespace ow {
 
-const PagedAttentionKernels paged_attention_avx512bf16 = {avx512bf16::attend<avx512bf16::Products>,
+const PagedAttentionKernels paged_attention_avx512bf16 = {avx512bf16::attend_products,
                                                           avx512bf16::merge};
 
 }  // namespace ow

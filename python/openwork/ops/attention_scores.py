@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_index import check_offsets, check_same_count
-from .checks import check, check_dtype, check_float, check_last_stride, check_operand
+from .checks import check, check_operand, check_range
+from .sequences import (
+    check_heads,
+    check_longest,
+    check_queries_and_keys,
+    check_sequence_pairs,
+    check_sequences,
+)
 
 _line_scores = torch.ops.openwork.line_scores.default
 _block_means = torch.ops.openwork.block_means.default
@@ -168,44 +174,6 @@ def longest_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return int(cu_seqlens.diff().amax()) if cu_seqlens.numel() > 1 else 0
 
 
-def check_heads(op: str, name: str, x: Tensor) -> None:
-    check_float(op, name, x)
-    check(
-        x.dim() == 4 and x.shape[2] >= 1 and x.shape[3] >= 1,
-        f"{op}: {name} must be [b, n, heads, d] with heads and d at least 1, got {list(x.shape)}",
-    )
-    check(
-        x.shape[0] < 2**31 and x.shape[1] < 2**31,
-        f"{op}: {name} must have fewer than 2^31 sequences and tokens, got {list(x.shape)}",
-    )
-    check_last_stride(op, name, x)
-
-
-def check_queries_and_keys(op: str, q: Tensor, k: Tensor) -> None:
-    check_heads(op, "q", q)
-    check_heads(op, "k", k)
-    check_dtype(op, "k", k, q.dtype)
-    d, kv_heads = q.shape[3], k.shape[2]
-    check(k.shape[3] == d, f"{op}: k must have the d of q, {d}, got {k.shape[3]}")
-    check(
-        q.shape[2] % kv_heads == 0,
-        f"{op}: q must have a multiple of kv_heads = {kv_heads} heads, got {q.shape[2]}",
-    )
-
-
-def check_sequences(op: str, x_name: str, x: Tensor, name: str, offsets: Tensor | None) -> int:
-    """Returns the number of sequences."""
-    if offsets is None:
-        return x.shape[0]
-    count = check_offsets(op, name, offsets)
-    check(x.shape[0] == 1, f"{op}: {x_name} must have a batch of 1 with {name}, got {x.shape[0]}")
-    return count
-
-
-def _check_range(op: str, name: str, value: int, least: int, most: int) -> None:
-    check(least <= value <= most, f"{op}: {name} must be in {least} .. {most}, got {value}")
-
-
 @torch.library.register_fake("openwork::line_scores")
 def _line_scores_fake(
     q: Tensor,
@@ -219,8 +187,8 @@ def _line_scores_fake(
     op = "line_scores"
     check_queries_and_keys(op, q, k)
     check(probes >= 1, f"{op}: probes must be at least 1, got {probes}")
-    sequences = check_sequences(op, "q", q, "cu_seqlens_q", cu_seqlens_q)
-    check_same_count(op, sequences, check_sequences(op, "k", k, "cu_seqlens_k", cu_seqlens_k))
+    sequences = check_sequence_pairs(op, q, k, cu_seqlens_q, cu_seqlens_k)
+    check_longest(op, "max_keys", max_keys, k.shape[1], cu_seqlens_k)
     shape = (sequences, q.shape[2], max_keys)
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
@@ -229,8 +197,9 @@ def _line_scores_fake(
 def _block_means_fake(x: Tensor, cu_seqlens: Tensor | None, block: int, max_blocks: int) -> Tensor:
     op = "block_means"
     check_heads(op, "x", x)
-    check(block >= 1, f"{op}: block must be at least 1, got {block}")
+    check_range(op, "block", block, 1, 2**30)
     sequences = check_sequences(op, "x", x, "cu_seqlens", cu_seqlens)
+    check_longest(op, "max_blocks", max_blocks, -(-x.shape[1] // block), cu_seqlens)
     return x.new_empty((sequences, x.shape[2], max_blocks, x.shape[3]), dtype=torch.float32)
 
 
@@ -252,15 +221,16 @@ def _hierarchical_topk_fake(
 ) -> tuple[Tensor, Tensor]:
     op = "hierarchical_topk"
     check_queries_and_keys(op, q, k)
-    sequences = check_sequences(op, "q", q, "cu_seqlens_q", cu_seqlens_q)
-    check_same_count(op, sequences, check_sequences(op, "k", k, "cu_seqlens_k", cu_seqlens_k))
+    sequences = check_sequence_pairs(op, q, k, cu_seqlens_q, cu_seqlens_k)
     heads = q.shape[2]
     check_operand(op, "windows", windows, torch.int32, [heads])
-    _check_range(op, "block_m", block_m, 1, 128)
-    _check_range(op, "block_n", block_n, 1, 128)
-    _check_range(op, "top", top, 1, 2**30)
-    _check_range(op, "query_stride", query_stride, 1, block_m)
-    _check_range(op, "key_stride", key_stride, 1, block_n)
+    check_range(op, "block_m", block_m, 1, 128)
+    check_range(op, "block_n", block_n, 1, 128)
+    check_range(op, "top", top, 1, 2**30)
+    check_range(op, "query_stride", query_stride, 1, block_m)
+    check_range(op, "key_stride", key_stride, 1, block_n)
+    check_longest(op, "max_rows", max_rows, -(-q.shape[1] // block_m), cu_seqlens_q)
+    check_longest(op, "max_blocks", max_blocks, -(-k.shape[1] // block_n), cu_seqlens_k)
     return (
         q.new_empty((sequences, heads, max_rows, max_blocks), dtype=torch.bool),
         q.new_empty((sequences, heads, max_rows), dtype=torch.int32),

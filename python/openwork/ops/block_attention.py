@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +12,17 @@ from .checks import (
     check,
     check_contiguous,
     check_dtype,
-    check_float,
     check_last_stride,
     check_operand,
     check_scale,
     check_shape,
 )
+from .sequences import check_queries_and_keys, check_sequence_pairs
 
 _block_attention = torch.ops.openwork.block_attention.default
+
+# Arguments of the operator between v and score_rows: the lists and the offsets.
+_BEFORE_SCORE_ROWS = 6
 
 
 def block_attention(
@@ -143,52 +146,6 @@ def _score_rows(
     return (torch.arange(sq) >= end - scores).expand(b, sq).contiguous()
 
 
-def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    check_float(op, "q", q)
-    check(
-        q.dim() == 4 and q.shape[2] >= 1 and q.shape[3] >= 1,
-        f"{op}: q must be [b, sq, h, d] with h and d at least 1, got {list(q.shape)}",
-    )
-    check_dtype(op, "k", k, q.dtype)
-    check_dtype(op, "v", v, q.dtype)
-    check(k.dim() == 4, f"{op}: k must be [b, sk, kv_heads, d], got {list(k.shape)}")
-    b, _, h, d = q.shape
-    sk, g = k.shape[1:3]
-    check_shape(op, "k", k, [b, sk, g, d])
-    check(
-        v.dim() == 4 and v.shape[3] >= 1,
-        f"{op}: v must be [b, sk, kv_heads, dv] with dv at least 1, got {list(v.shape)}",
-    )
-    check_shape(op, "v", v, [b, sk, g, v.shape[3]])
-    check(g >= 1 and h % g == 0, f"{op}: q must have a multiple of kv_heads = {g} heads, got {h}")
-    for name, tensor in (("q", q), ("k", k)):
-        check(
-            tensor.shape[1] < 2**31,
-            f"{op}: {name} must have fewer than 2^31 tokens, got {tensor.shape[1]}",
-        )
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_last_stride(op, name, tensor)
-
-
-def _check_sequences(
-    op: str, q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> None:
-    check(
-        (cu_seqlens_q is None) == (cu_seqlens_k is None),
-        f"{op}: cu_seqlens_q and cu_seqlens_k must come together, got one",
-    )
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return
-    check(q.shape[0] == 1, f"{op}: q must be one batch with cu_seqlens_q, got {q.shape[0]}")
-    check_dtype(op, "cu_seqlens_q", cu_seqlens_q, torch.int32)
-    check(
-        cu_seqlens_q.dim() == 1 and cu_seqlens_q.shape[0] >= 1,
-        f"{op}: cu_seqlens_q must be [sequences + 1], got {list(cu_seqlens_q.shape)}",
-    )
-    check_contiguous(op, "cu_seqlens_q", cu_seqlens_q)
-    check_operand(op, "cu_seqlens_k", cu_seqlens_k, torch.int32, [cu_seqlens_q.shape[0]])
-
-
 def _check_lists(
     op: str, name: str, indptr: Tensor, items_name: str, items: Tensor, rows: int | None
 ) -> None:
@@ -243,8 +200,8 @@ def check_index(
         check_shape(op, "column_indptr", column_indptr, list(indptr.shape))
 
 
-@torch.library.register_fake("openwork::block_attention")
-def _block_attention_fake(
+def check_attention(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -254,7 +211,6 @@ def _block_attention_fake(
     columns: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    score_rows: Tensor | None,
     block_m: int,
     block_n: int,
     causal: bool,
@@ -262,16 +218,36 @@ def _block_attention_fake(
     sinks: int,
     min_distance: int,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "block_attention"
-    _check_operands(op, q, k, v)
+) -> None:
+    """All that does not depend on what tensors hold (csrc/ops/block_attention.h)."""
+    check_queries_and_keys(op, q, k)
+    check_dtype(op, "v", v, q.dtype)
+    check(
+        v.dim() == 4 and v.shape[3] >= 1,
+        f"{op}: v must be [b, sk, kv_heads, dv] with dv at least 1, got {list(v.shape)}",
+    )
+    check_shape(op, "v", v, [*k.shape[:3], v.shape[3]])
+    check_last_stride(op, "v", v)
     for name, value in (("window", window), ("sinks", sinks), ("min_distance", min_distance)):
         check(value >= 0, f"{op}: {name} must be at least 0, got {value}")
         check(causal or value == 0, f"{op}: {name} must be 0 without causal, got {value}")
     check_scale(op, scale)
-    _check_sequences(op, q, cu_seqlens_q, cu_seqlens_k)
+    check(
+        (cu_seqlens_q is None) == (cu_seqlens_k is None),
+        f"{op}: cu_seqlens_q and cu_seqlens_k must come together, got one",
+    )
+    check_sequence_pairs(op, q, k, cu_seqlens_q, cu_seqlens_k)
     lists = (indptr, indices, column_indptr, columns, block_m, block_n)
     check_index(op, lists, q, k.shape[2], cu_seqlens_q is not None)
+
+
+@torch.library.register_fake("openwork::block_attention")
+def _block_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "block_attention"
+    score_rows = rest[_BEFORE_SCORE_ROWS]
+    check_attention(op, q, k, v, *rest[:_BEFORE_SCORE_ROWS], *rest[_BEFORE_SCORE_ROWS + 1 :])
     b, sq, h, _ = q.shape
     if score_rows is not None:
         check_operand(op, "score_rows", score_rows, torch.bool, [b, sq])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..block_index import BlockIndex
-from .block_attention import _check_operands, _check_sequences, check_index, lists_of
-from .checks import check, check_dtype, check_operand, check_scale, check_shape
+from .block_attention import check_attention, lists_of
+from .checks import check_dtype, check_operand, check_shape
 
 _train = torch.ops.openwork.block_attention_train.default
 _backward_overload = torch.ops.openwork.block_attention_backward.default
@@ -104,51 +104,9 @@ torch.library.register_autograd(
 )
 
 
-def _check_call(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int],
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    window: int,
-    sinks: int,
-    min_distance: int,
-    scale: float | None,
-) -> None:
-    _check_operands(op, q, k, v)
-    for name, value in (("window", window), ("sinks", sinks), ("min_distance", min_distance)):
-        check(value >= 0, f"{op}: {name} must be at least 0, got {value}")
-        check(causal or value == 0, f"{op}: {name} must be 0 without causal, got {value}")
-    check_scale(op, scale)
-    _check_sequences(op, q, cu_seqlens_q, cu_seqlens_k)
-    check_index(op, lists, q, k.shape[2], cu_seqlens_q is not None)
-
-
 @torch.library.register_fake("openwork::block_attention_train")
-def _train_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indptr: Tensor | None,
-    indices: Tensor | None,
-    column_indptr: Tensor | None,
-    columns: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_m: int,
-    block_n: int,
-    causal: bool,
-    window: int,
-    sinks: int,
-    min_distance: int,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    lists = (indptr, indices, column_indptr, columns, block_m, block_n)
-    masks = (causal, window, sinks, min_distance, scale)
-    _check_call("block_attention_train", q, k, v, lists, cu_seqlens_q, cu_seqlens_k, *masks)
+def _train_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    check_attention("block_attention_train", q, k, v, *rest)
     b, sq, h, _ = q.shape
     return q.new_empty((b, sq, h, v.shape[3])), q.new_empty((b, sq, h), dtype=torch.float32)
 
@@ -162,24 +120,10 @@ def _backward_fake(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    indptr: Tensor | None,
-    indices: Tensor | None,
-    column_indptr: Tensor | None,
-    columns: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_m: int,
-    block_n: int,
-    causal: bool,
-    window: int,
-    sinks: int,
-    min_distance: int,
-    scale: float | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "block_attention_backward"
-    lists = (indptr, indices, column_indptr, columns, block_m, block_n)
-    masks = (causal, window, sinks, min_distance, scale)
-    _check_call(op, q, k, v, lists, cu_seqlens_q, cu_seqlens_k, *masks)
+    check_attention(op, q, k, v, *rest)
     b, sq, h, _ = q.shape
     shape = [b, sq, h, v.shape[3]]
     check_operand(op, "o", o, q.dtype, shape)

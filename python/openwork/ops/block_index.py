@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_index import MAX_BLOCK, MIN_BLOCK, BlockIndex
-from .checks import check, check_contiguous, check_dtype, check_operand
+from .checks import check, check_contiguous, check_dtype, check_operand, check_range
+from .sequences import check_offsets, check_same_count
 
 _offsets = torch.ops.openwork.block_index_offsets.default
 _lists = torch.ops.openwork.block_index_lists.default
@@ -110,52 +111,22 @@ def check_block(op: str, name: str, block: int) -> None:
     )
 
 
-def check_offsets(op: str, name: str, tensor: Tensor) -> int:
-    """Returns the number of sequences."""
-    check_dtype(op, name, tensor, torch.int32)
+_MOST_ITEMS = 2**31 - 1
+
+
+def _check_marks(
+    op: str, name: str, marks: Tensor | None, dims: int, sequences: int, heads: int
+) -> None:
+    """Their other dimensions are those of the longest sequence."""
+    if marks is None:
+        return
+    check_dtype(op, name, marks, torch.bool)
     check(
-        tensor.dim() == 1 and tensor.shape[0] >= 1,
-        f"{op}: {name} must be [sequences + 1], got {list(tensor.shape)}",
+        marks.dim() == dims and list(marks.shape[:2]) == [sequences, heads],
+        f"{op}: {name} must be [{sequences}, {heads}, ...] (sequences, heads) of {dims} "
+        f"dimensions, got {list(marks.shape)}",
     )
-    check_contiguous(op, name, tensor)
-    return tensor.shape[0] - 1
-
-
-def check_same_count(op: str, queries: int, keys: int) -> None:
-    check(
-        queries == keys,
-        f"{op}: keys must come in {queries} sequences (as queries do), got {keys}",
-    )
-
-
-def _check_index(
-    op: str,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    marks: Mapping[str, Tensor | None],
-    windows: Tensor,
-    sinks: Tensor,
-    block_m: int,
-    block_n: int,
-    rows: int,
-) -> list[int]:
-    """Returns the shape of the offsets. Shapes of marks follow from what a fake does not see."""
-    check_block(op, "block_m", block_m)
-    check_block(op, "block_n", block_n)
-    queries = check_offsets(op, "cu_seqlens_q", cu_seqlens_q)
-    check_same_count(op, queries, check_offsets(op, "cu_seqlens_k", cu_seqlens_k))
-    check_dtype(op, "windows", windows, torch.int32)
-    check(
-        windows.dim() == 1 and windows.shape[0] >= 1,
-        f"{op}: windows must be [heads], got {list(windows.shape)}",
-    )
-    check_contiguous(op, "windows", windows)
-    check_operand(op, "sinks", sinks, torch.int32, [windows.shape[0]])
-    for name, mark in marks.items():
-        if mark is not None:
-            check_dtype(op, name, mark, torch.bool)
-            check_contiguous(op, name, mark)
-    return [windows.shape[0], rows + 1]
+    check_contiguous(op, name, marks)
 
 
 @torch.library.register_fake("openwork::block_index_offsets")
@@ -170,42 +141,39 @@ def _offsets_fake(
     block_m: int,
     block_n: int,
     rows: int,
+    *,
+    op: str = "block_index_offsets",
 ) -> tuple[Tensor, Tensor]:
-    op = "block_index_offsets"
-    marks = {"blocks": blocks, "columns": columns, "slashes": slashes}
-    shape = _check_index(
-        op, cu_seqlens_q, cu_seqlens_k, marks, windows, sinks, block_m, block_n, rows
+    check_block(op, "block_m", block_m)
+    check_block(op, "block_n", block_n)
+    sequences = check_offsets(op, "cu_seqlens_q", cu_seqlens_q)
+    check_same_count(op, sequences, check_offsets(op, "cu_seqlens_k", cu_seqlens_k))
+    check_dtype(op, "windows", windows, torch.int32)
+    check(
+        windows.dim() == 1 and windows.shape[0] >= 1,
+        f"{op}: windows must be [heads], got {list(windows.shape)}",
     )
+    check_contiguous(op, "windows", windows)
+    heads = windows.shape[0]
+    check_operand(op, "sinks", sinks, torch.int32, [heads])
+    _check_marks(op, "blocks", blocks, 4, sequences, heads)
+    _check_marks(op, "columns", columns, 3, sequences, heads)
+    _check_marks(op, "slashes", slashes, 3, sequences, heads)
+    check_range(op, "rows", rows, 0, _MOST_ITEMS)
+    shape = [heads, rows + 1]
     return windows.new_empty(shape), windows.new_empty(shape)
 
 
 @torch.library.register_fake("openwork::block_index_lists")
-def _lists_fake(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    blocks: Tensor | None,
-    columns: Tensor | None,
-    slashes: Tensor | None,
-    windows: Tensor,
-    sinks: Tensor,
-    block_m: int,
-    block_n: int,
-    rows: int,
-    indptr: Tensor,
-    column_indptr: Tensor,
-    nnz: int,
-    column_nnz: int,
-) -> tuple[Tensor, Tensor]:
+def _lists_fake(*args: Any) -> tuple[Tensor, Tensor]:
     op = "block_index_lists"
-    marks = {"blocks": blocks, "columns": columns, "slashes": slashes}
-    shape = _check_index(
-        op, cu_seqlens_q, cu_seqlens_k, marks, windows, sinks, block_m, block_n, rows
-    )
-    check_operand(op, "indptr", indptr, torch.int32, shape)
-    check_operand(op, "column_indptr", column_indptr, torch.int32, shape)
-    check(nnz >= 0, f"{op}: nnz must be at least 0, got {nnz}")
-    check(column_nnz >= 0, f"{op}: column_nnz must be at least 0, got {column_nnz}")
-    return windows.new_empty([nnz]), windows.new_empty([column_nnz])
+    *marks, indptr, column_indptr, nnz, column_nnz = args
+    offsets, column_offsets = _offsets_fake(*marks, op=op)
+    check_operand(op, "indptr", indptr, torch.int32, list(offsets.shape))
+    check_operand(op, "column_indptr", column_indptr, torch.int32, list(column_offsets.shape))
+    check_range(op, "nnz", nnz, 0, _MOST_ITEMS)
+    check_range(op, "column_nnz", column_nnz, 0, _MOST_ITEMS)
+    return offsets.new_empty([nnz]), offsets.new_empty([column_nnz])
 
 
 @torch.library.register_fake("openwork::largest")

@@ -23,6 +23,10 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_range(op: str, name: str, value: int, least: int, most: int) -> None:
+    check(least <= value <= most, f"{op}: {name} must be in {least} .. {most}, got {value}")
+
+
 def check_defined(op: str, name: str, tensor: Tensor | None) -> None:
     check(tensor is not None, f"{op}: {name} must be a tensor, got None")
 

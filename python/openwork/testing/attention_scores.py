@@ -141,7 +141,7 @@ def _pair_rejects() -> Iterator[tuple[str, tuple[Tensor, Tensor], dict[str, Any]
     yield "heads", (q[:, :, :3], k), {}, "q must have a multiple of kv_heads = 2 heads", False
     yield "stride", (q.transpose(2, 3), k), {}, "q must have a last stride of 1", False
     yield "sequences", (q, k.expand(2, 6, 2, 8)), {}, "keys must come in 1 sequences", False
-    yield "end", (q[:, :5], k), both, "cu_seqlens_q must end at the 5 tokens of q, got 6", True
+    yield "end", (q[:, :5], k), both, "cu_seqlens_q must rise from 0 to 5 (tokens), got", True
     yield "batch", (q.expand(2, 6, 4, 8), k), both, "q must have a batch of 1", False
     yield "one", (q, k), {"cu_seqlens_q": four}, "keys must come in 2 sequences", False
 
@@ -193,9 +193,9 @@ def _means_rejects() -> Iterator[Reject]:
     x = torch.ones(1, 6, 2, 8)
     yield Reject("rank", (x[0], 2), {}, "x must be [b, n, heads, d]")
     yield Reject("dtype", (x.int(), 2), {}, "x must be float32, bfloat16 or float16, got int32")
-    yield Reject("block", (x, 0), {}, "block must be at least 1, got 0")
+    yield Reject("block", (x, 0), {}, "block must be in 1 .. 1073741824, got 0")
     bad = {"cu_seqlens": _offsets(2, 3)}
-    yield Reject("end", (x, 2), bad, "cu_seqlens must end at the 6 tokens of x, got 5", True)
+    yield Reject("end", (x, 2), bad, "cu_seqlens must rise from 0 to 6 (tokens), got", True)
 
 
 def hierarchical_topk_reference(

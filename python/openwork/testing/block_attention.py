@@ -279,10 +279,10 @@ def _indexed_samples(kind: str, dtype: torch.dtype) -> Iterator[Sample]:
 
 def _rejects() -> Iterator[Reject]:
     q, k, v = make_operands(1, 40, 50, 4, 2, 6, 6, torch.float32)
-    yield Reject("rank", (q[0], k, v), {}, "q must be [b, sq, h, d]")
+    yield Reject("rank", (q[0], k, v), {}, "q must be [b, n, heads, d]")
     yield Reject("dtype", (q.double(), k, v), {}, "q must be float32")
     yield Reject("mixed", (q, k.half(), v), {}, "k must be float32, got float16")
-    yield Reject("k", (q, k[..., :5], v), {}, "k must have shape [1, 50, 2, 6]")
+    yield Reject("k", (q, k[..., :5], v), {}, "k must have the d of q, 6, got 5")
     yield Reject("v", (q, k, v[:, 1:]), {}, "v must have shape [1, 50, 2, 6]")
     yield Reject("heads", (q[:, :, :3], k, v), {}, "multiple of kv_heads = 2 heads, got 3")
     yield Reject("stride", (q, k.repeat(1, 1, 1, 2)[..., ::2], v), {}, "k must have a last stride")

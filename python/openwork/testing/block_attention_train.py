@@ -176,7 +176,7 @@ def _raw_backward(sample: Sample) -> tuple[Any, ...]:
 
 def _train_rejects() -> Iterator[Reject]:
     q, k, v = make_operands(1, 40, 50, 4, 2, 6, 6, torch.float32)
-    yield Reject("rank", (q[0], k, v), {}, "q must be [b, sq, h, d]")
+    yield Reject("rank", (q[0], k, v), {}, "q must be [b, n, heads, d]")
     yield Reject("mixed", (q, k.half(), v), {}, "k must be float32, got float16")
     yield Reject("window", (q, k, v), {"window": -1}, "window must be at least 0")
     at = torch.tensor([0, 40], dtype=torch.int32)
@@ -190,7 +190,7 @@ def _backward_rejects() -> Iterator[Reject]:
     o, lse = torch.ones(1, 40, 4, 8), torch.ones(1, 40, 4)
     saved = {"o": o, "lse": lse}
     good = (o, lse, q, k, v)
-    yield Reject("rank", (o, lse, q[0], k, v), saved, "q must be [b, sq, h, d]")
+    yield Reject("rank", (o, lse, q[0], k, v), saved, "q must be [b, n, heads, d]")
     yield Reject("grad_o", (o[..., :7], *good[1:]), saved, "grad_o must have shape [1, 40, 4, 8]")
     yield Reject("dtype", (o.half(), *good[1:]), saved, "grad_o must be float32, got float16")
     yield Reject("grad_lse", (o, lse.half(), q, k, v), saved, "grad_lse must be float32")

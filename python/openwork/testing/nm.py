@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.nm import compress_nm, expand_nm, nm_linear
 from ..ops.nm_training import nm_mask
 from ..packing import NmWeight
-from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
+from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Unit, Workload
 from .lowbit import dequantize, quantize_rows_reference
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
@@ -140,6 +140,11 @@ def _linear_samples() -> Iterator[Sample]:
                     f"-g{group_size}-{str(x_type)[6:]}"
                 )
                 yield Sample(name, (x, weight), {"compute": compute})
+    for vector in _VECTORS:
+        for m in (9, 31, 70, 131):
+            weight = make_weight(49, 600, (2, 4), "bfloat16", vector=vector)
+            x = torch.randn(m, 600, generator=generator).bfloat16()
+            yield Sample(f"bfloat16-v{vector}-{m}-rows", (x, weight))
     for dtype in BITS:
         weight = make_weight(33, 160, (2, 4), dtype, group_size=32)
         for m in (1, 2, 3, 4, 7, 12):
@@ -357,7 +362,8 @@ def _linear_cost(params: Mapping[str, Any]) -> Cost:
     scales = n * k // 128 * 16 if dtype in INTS else 0
     size = 2 if dtype == "bfloat16" else 4
     moved = (stored * BITS[dtype] + index + scales) // 8 + m * (n + k) * size
-    return Cost(moved, 2 * m * stored, "int8" if dtype in INTS else "fp32")
+    unit: Unit = "int8" if dtype in INTS else "bf16" if dtype == "bfloat16" else "fp32"
+    return Cost(moved, 2 * m * stored, unit)
 
 
 CASES = (
