@@ -184,8 +184,8 @@ OW_INLINE void soften(float* scores, int64_t count, int64_t dv, float* state) {
   l += sum(total);
 }
 
-OW_INLINE void clear_states(float* states, int64_t rows, int64_t dv) {
-  for (int64_t r = 0; r < rows; ++r, states += dv + 2) {
+OW_INLINE void clear_states(float* states, int64_t stride, int64_t rows, int64_t dv) {
+  for (int64_t r = 0; r < rows; ++r, states += stride) {
     memset(states, 0, size_t(dv + 2) * sizeof(float));
     states[dv] = kMinusInfinity;
   }

@@ -42,7 +42,7 @@ struct DecodeAttentionArgs {
   CacheStrides key_strides;
   const void* values;
   CacheStrides value_strides;
-  float* states;  // [b * kv_heads, spans, rows, dv + 2]
+  float* states;  // [b * kv_heads, spans, rows, state_size]
   void* y;        // [b, queries, heads, dv]
   float* lse;     // [b, queries, heads], or null
 };
@@ -56,7 +56,8 @@ OW_INLINE int64_t span_keys(const DecodeAttentionArgs& a) {
 }
 OW_INLINE int64_t spans_of(const DecodeAttentionArgs& a) { return div_up(a.n, span_keys(a)); }
 OW_INLINE int64_t items_of(const DecodeAttentionArgs& a) { return a.b * a.kv_heads; }
-OW_INLINE int64_t state_size(const DecodeAttentionArgs& a) { return a.dv + 2; }
+// Of floats; whole lines of the cache.
+OW_INLINE int64_t state_size(const DecodeAttentionArgs& a) { return round_up(a.dv + 2, 16); }
 
 struct DecodeAttentionKernels {
   // States of spans [begin, end) of the items' spans, in order of item, then span.

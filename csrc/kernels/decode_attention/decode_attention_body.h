@@ -120,7 +120,7 @@ OW_INLINE void for_each_chunk(const DecodeAttentionArgs& a, int64_t begin, int64
                               const Body& body) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t span = unit % spans_of(a) * span_keys(a);
-    clear_states(a.states + unit * rows_of(a) * state_size(a), rows_of(a), a.dv);
+    clear_states(a.states + unit * rows_of(a) * state_size(a), state_size(a), rows_of(a), a.dv);
     for (int64_t key = span; key < min_of(span + span_keys(a), a.n); key += kKeyChunk) {
       body(Chunk<T>::of(a, unit, key));
     }

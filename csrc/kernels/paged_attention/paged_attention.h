@@ -51,7 +51,7 @@ struct PagedAttentionArgs {
   const float* sin;      // as cos
   const int64_t* spans;  // [b * kv_heads + 1]: the first of each head, from paged_attention_plan
   int64_t span_chunks;   // of a span
-  float* states;         // [spans, rows, dv + 2]
+  float* states;         // [spans, rows, state_size]
   void* y;               // [b, queries, heads, dv]
   float* lse;            // [b, queries, heads]
 };
@@ -60,7 +60,10 @@ struct PagedAttentionArgs {
 OW_INLINE int64_t group_of(const PagedAttentionArgs& a) { return a.heads / a.kv.kv_heads; }
 OW_INLINE int64_t rows_of(const PagedAttentionArgs& a) { return a.queries * group_of(a); }
 OW_INLINE int64_t items_of(const PagedAttentionArgs& a) { return a.kv.b * a.kv.kv_heads; }
-OW_INLINE int64_t state_size(const PagedAttentionArgs& a) { return a.kv.values.d + 2; }
+// Of floats; whole lines of the cache.
+OW_INLINE int64_t state_size(const PagedAttentionArgs& a) {
+  return round_up(a.kv.values.d + 2, 16);
+}
 
 // Where the newest tokens of a head begin.
 OW_INLINE int64_t newest_of(const PagedAttentionArgs& a, int64_t item) {

@@ -144,7 +144,7 @@ void attend(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     while (a.spans[item + 1] <= unit) ++item;
     float* states = a.states + unit * rows_of(a) * state_size(a);
-    clear_states(states, rows_of(a), a.kv.values.d);
+    clear_states(states, state_size(a), rows_of(a), a.kv.values.d);
     for (int64_t first = 0; first < rows_of(a); first += kMaxRows) {
       if (rows.take(item, first)) sides.take(rows);
       Chunks chunks(a, item, unit - a.spans[item]);
