@@ -120,6 +120,41 @@ def test_sequences_that_share_a_prefix(formats: tuple[KVFormat, KVFormat]) -> No
     assert pages.allocated_pages == 0
 
 
+@pytest.mark.parametrize("formats", [*FORMATS.values(), dense(torch.bfloat16)])
+@pytest.mark.parametrize("order", [[1, 0], [1, 1], [0, 0], [0, 1]])
+def test_reordered_sequences(formats: tuple[KVFormat, KVFormat], order: list[int]) -> None:
+    """Each goes on as its origin would have."""
+    history = History(*formats).appended(200, 1, counts=torch.tensor([200, 61], dtype=torch.int32))
+    pages, plain = history.pages(), history.pages()
+
+    def assert_same() -> None:
+        for x, y in zip(state(plain), state(pages), strict=True):
+            # What lies past the longest sequence that went on is not read.
+            assert torch.equal(x[order][:, :, : y.shape[2]] if y.dim() > 2 else x[order], y)
+
+    pages.reorder(torch.tensor(order))
+    assert_same()
+    held = (pages.block_table >= 0).sum((1, 2))
+    assert pages.allocated_pages == int(held[: len({*order})].sum())
+    keys, values, positions = history.tokens(70, 2)
+    drop = torch.tensor([40, 50], dtype=torch.int32)
+    for _ in range(2):
+        # To a sequence of the new order comes what comes to its origin.
+        ops.kv_append(plain, keys, values, positions=positions)
+        ops.kv_append(pages, keys[order], values[order], positions=positions)
+        ops.kv_rollback(plain, drop)
+        ops.kv_rollback(pages, drop[order].contiguous())
+    assert_same()
+
+
+def test_reorder_refuses() -> None:
+    pages = History(*FORMATS["kivi2"]).appended(3, 1).pages()
+    with pytest.raises(ValueError, match=r"order must be \[2\] int64, got \[3\] torch.int64"):
+        pages.reorder(torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"order must be in 0 .. 1, got \[0, 2\]"):
+        pages.reorder(torch.tensor([0, 2]))
+
+
 def test_a_shared_target_must_be_empty() -> None:
     pages = History(*FORMATS["kivi2"]).appended(3, 1).pages()
     with pytest.raises(ValueError, match="sequence 1 must be empty to share 0, got tokens"):

@@ -43,6 +43,42 @@ OW_INLINE VecF load_n(const f16* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p))};
 }
 
+// 32 bf16 as the even elements and the odd ones: fewer instructions than two loads take.
+OW_INLINE void load_pair(const bf16* p, VecF (&pair)[2]) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  pair[0].v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  pair[1].v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int32_t(0xffff0000))));
+}
+// 32 floats in order, as even and odd elements, and back.
+OW_INLINE void to_pair_order(const bf16*, VecF (&pair)[2]) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 first = pair[0].v;
+  pair[0].v = _mm512_permutex2var_ps(first, even, pair[1].v);
+  pair[1].v = _mm512_permutex2var_ps(first, odd, pair[1].v);
+}
+OW_INLINE void from_pair_order(const bf16*, VecF (&pair)[2]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 even = pair[0].v;
+  pair[0].v = _mm512_permutex2var_ps(even, low, pair[1].v);
+  pair[1].v = _mm512_permutex2var_ps(even, high, pair[1].v);
+}
+
+#if defined(__AVX512BF16__)
+// 32 bf16, whose products are summed two to a lane.
+struct VecBf16 {
+  __m512bh v;
+};
+constexpr int64_t factors_of(const bf16*) { return 32; }
+OW_INLINE VecBf16 load_factors(const bf16* p) { return {__m512bh(_mm512_loadu_si512(p))}; }
+OW_INLINE VecBf16 load_factors_n(const bf16* p, int64_t n) {
+  const __mmask32 mask = n < 32 ? (1u << n) - 1 : 0xffffffffu;
+  return {__m512bh(_mm512_maskz_loadu_epi16(mask, p))};
+}
+OW_INLINE VecF fma(VecBf16 a, VecBf16 b, VecF c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+#endif
+
 OW_INLINE VecI load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 OW_INLINE VecF gather(const float* table, VecI at) { return {_mm512_i32gather_ps(at.v, table, 4)}; }
 

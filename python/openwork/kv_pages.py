@@ -243,13 +243,8 @@ class KVPages:
     def trim(self) -> None:
         """Give pages past the tokens held back, and their memory to the system."""
         held = np.maximum(*(committed for _, committed in self._committed()))
-        freed = self._resize("KVPages", -(-held // self.page_size))
+        self._release(self._resize("KVPages", -(-held // self.page_size)))
         self._room.tokens = 0
-        if freed:
-            runs = self.allocator.free_runs(freed)
-            for pool in self._pools():
-                raw = pool.view(-1).view(torch.uint8).numpy()
-                _host.release_memory(raw, self.allocator.pages, runs)
 
     def share(self, source: int, target: int) -> None:
         """Let sequence ``target``, which must be empty, begin as ``source`` is, in the same pages.
@@ -268,11 +263,53 @@ class KVPages:
         self._resize("KVPages", pages.reshape(-1))
         table = self.block_table[source].contiguous().view(-1).numpy()
         self.allocator.hold(np.ascontiguousarray(table[table >= 0]))
-        sides = (self.keys.committed, self.keys.tail, self.values.committed, self.values.tail)
-        for tensor in (self.block_table, self.lengths, self.positions, *sides):
-            if tensor is not None:
-                tensor[target] = tensor[source]
+        for tensor in (self.block_table, *self._row_tensors()):
+            tensor[target] = tensor[source]
         self._room.tokens = 0
+
+    def reorder(self, order: Tensor) -> None:
+        """Let sequence ``i`` go on as sequence ``order[i]`` was; some may go on twice, or not.
+
+        Those of one origin have the same pages, and a page that one of them then changes is copied
+        first.
+
+        Args:
+            order: ``[b]`` int64.
+
+        Raises:
+            ValueError: another shape or dtype, or numbers of sequences that are not there.
+        """
+        b = len(self.lengths)
+        check(
+            order.shape == (b,) and order.dtype == torch.int64,
+            f"KVPages: order must be [{b}] int64, got {list(order.shape)} {order.dtype}",
+        )
+        check(
+            bool(((order >= 0) & (order < b)).all()),
+            f"KVPages: order must be in 0 .. {b - 1}, got {order.tolist()}",
+        )
+        table = self.block_table[order]
+        pages = table.view(-1).numpy()
+        # Held anew before the old rows let go, so that no page that goes on is free in between.
+        self.allocator.hold(np.ascontiguousarray(pages[pages >= 0]))
+        self._release(self._resize("KVPages", np.zeros(len(self._table()), dtype=np.int64)))
+        self.block_table.copy_(table)
+        for tensor in self._row_tensors():
+            tensor.copy_(tensor[order])
+        self._room.tokens = 0
+
+    def _row_tensors(self) -> list[Tensor]:
+        """What each row has beside its list of pages."""
+        sides = (self.keys.committed, self.keys.tail, self.values.committed, self.values.tail)
+        return [t for t in (self.lengths, self.positions, *sides) if t is not None]
+
+    def _release(self, freed: list[int]) -> None:
+        """Give the memory of free pages back to the system."""
+        if freed:
+            runs = self.allocator.free_runs(freed)
+            for pool in self._pools():
+                raw = pool.view(-1).view(torch.uint8).numpy()
+                _host.release_memory(raw, self.allocator.pages, runs)
 
     def _pools(self) -> list[Tensor]:
         bounds = [t for t in (self.key_min, self.key_max) if t is not None]

@@ -43,7 +43,7 @@ int main() {
   signal(SIGSEGV, name_the_kernel);
   signal(SIGBUS, name_the_kernel);
 #endif
-  Guarded memory(12);
+  Guarded memory(13);
   check_conversions<ow::bf16>("bf16");
   check_conversions<ow::f16>("f16");
   check_lowbit_gemm(&memory);
@@ -52,6 +52,7 @@ int main() {
   check_activations(&memory);
   check_decode_attention(&memory);
   check_block_attention(&memory);
+  check_block_attention_backward(&memory);
   check_sparse_gemm(&memory);
   check_block_sparse_gemm(&memory);
   check_active_gemv(&memory);

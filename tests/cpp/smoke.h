@@ -97,6 +97,7 @@ void check_quantize(Guarded* memory);
 void check_activations(Guarded* memory);
 void check_decode_attention(Guarded* memory);
 void check_block_attention(Guarded* memory);
+void check_block_attention_backward(Guarded* memory);
 void check_sparse_gemm(Guarded* memory);
 void check_block_sparse_gemm(Guarded* memory);
 void check_active_gemv(Guarded* memory);

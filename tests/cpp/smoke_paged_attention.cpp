@@ -175,7 +175,10 @@ void check_case(const Case& c, Guarded* memory) {
   const auto& scalar = kPaged[sizeof(kPaged) / sizeof(kPaged[0]) - 1];
   const std::vector<float> want = run_kernel(scalar, p, Against::end, memory);
   // Scores, of magnitude up to 50, and sums of up to 400 terms of up to 4, each in another order.
-  const double error = 0x1p-24 * 2.0 * (double(c.d) + 400.0) * 50.0;
+  double error = 0x1p-24 * 2.0 * (double(c.d) + 400.0) * 50.0;
+  // Two digits of weights of up to 1, half a step of 256 of them, times codes of up to 1 from the
+  // middle, and of queries likewise.
+  if (c.type == FloatType::bf16) error += 2.0 * 256.0 * 0x1p-16;
   for (const auto& entry : kPaged) {
     if (entry.isa > detected_isa()) continue;
     for (const Against side : kSides) {

@@ -35,7 +35,9 @@ SIZES: dict[str, Any] = {
 
 def random_model(kind: str = "Llama", **changes: Any) -> Any:
     torch.manual_seed(1)
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | changes))
+    # Of families with several kinds of input, the text alone.
+    of_text = getattr(transformers, f"{kind}TextConfig", None)
+    config = (of_text or getattr(transformers, f"{kind}Config"))(**(SIZES | changes))
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -127,12 +129,31 @@ def test_refuses() -> None:
         chunked(model, PagedCache(model, 100, batch=2), [120])
     with pytest.raises(ValueError, match=r"of rotated keys, expected, got \['read', 'read'\]"):
         PagedCache(model, 100, format=Format(rotate="read"))
+    with pytest.raises(
+        ValueError, match="2 sequences expected .its batch, beams among them., got 1"
+    ):
+        model(TOKENS[:1], cache=cache)
     mask = torch.ones_like(TOKENS)
-    mask[0, :3] = 0
-    with torch.inference_mode(), pytest.raises(ValueError, match="sequences without padding"):
+    mask[0, -3:] = 0
+    with torch.inference_mode(), pytest.raises(ValueError, match="padding on the left expected"):
         model(TOKENS, attention_mask=mask)
-    with pytest.raises(ValueError, match="without sliding windows expected, got 30"):
-        PagedCache(random_model("Mistral", sliding_window=30), 100)
+    for policy, format, message in (
+        (H2O(20, 10), Format(), "a policy that keeps no account of tokens expected, got H2O"),
+        (KeepAll(), Format(exact_first=4), 'exact_first = 0 expected, got "stored" and 4'),
+    ):
+        cache = PagedCache(model, 120, batch=2, policy=policy, format=format)
+        with torch.inference_mode(), pytest.raises(ValueError, match=message):
+            model(TOKENS, attention_mask=mask.flip(1), cache=cache)
+    cache = PagedCache(model, 120, batch=2, policy=H2O(20, 10))
+    with torch.inference_mode():
+        model(TOKENS[:, :50], cache=cache)
+    with pytest.raises(ValueError, match="at most 0 tokens can be taken back"):
+        cache.crop(-1)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(
+        ValueError, match="full or sliding attention expected, got full_attention, l"
+    ):
+        PagedCache(model, 100)
 
 
 @pytest.mark.demo

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from kvcache.prompts import probabilities
 from torch import Tensor
 
 from openwork.models import DenseLinear, Llama, Llama3Rope
-from openwork.models.llama import rope_frequencies
+from openwork.models.llama import dense_attention, rope_frequencies
 
 from .checkpoints import QWEN, random_model
 
@@ -186,6 +187,32 @@ def test_linears_are_listed_in_order_and_can_be_replaced() -> None:
         setattr(parent, attribute, spy)
     assert torch.equal(model(tokens), expected)
     assert calls == [(64, False), (96, True), (64, False), (96, True)] * 2
+
+
+def test_prefill_of_any_split(tiny: Llama) -> None:
+    """By tiles, and where queries are few by reading each key once."""
+    tokens = random_tokens(140)
+    expected = reference_logits(tiny, tokens[0])
+    for chunks in ([140], [1, 139], [128, 2, 10], [100, 9, 31]):
+        cache = tiny.new_cache(140)
+        logits = [tiny(chunk, cache) for chunk in tokens.split(chunks, dim=1)]
+        assert_close(torch.cat(logits, dim=1)[0], expected)
+
+
+@pytest.mark.parametrize(("t", "n"), [(1, 1), (8, 8), (9, 9), (12, 800), (32, 2048), (33, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_attention(t: int, n: int, dtype: torch.dtype) -> None:
+    """Whichever operator serves the sizes, with a gradient and without, strided as in a cache."""
+    q = torch.randn(2, t, 6, 16).to(dtype)
+    keys, values = torch.randn(2, 2, 2, n + 5, 16).to(dtype)[:, :, :, :n].unbind()
+    p = probabilities(q, keys, 0.3)
+    expected = (p @ values.repeat_interleave(3, 1).double()).transpose(1, 2).flatten(2)
+    bound = 1e-6 if dtype == torch.float32 else 0.02  # of 8-bit mantissas, twice
+    o = dense_attention(q, keys, values, scale=0.3)
+    assert o.dtype == dtype and (o.double() - expected).abs().max() < bound
+    with_gradient = dense_attention(q.requires_grad_(), keys, values, scale=0.3)
+    assert (with_gradient.double() - expected).abs().max() < bound
+    with_gradient.sum().backward()
 
 
 def test_gradients_reach_every_parameter() -> None:

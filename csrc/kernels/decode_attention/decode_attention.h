@@ -65,10 +65,11 @@ struct DecodeAttentionKernels {
   void (*merge)(const DecodeAttentionArgs&, int64_t begin, int64_t end);
 };
 
-#define OW_DECODE_ATTENTION_KERNELS(X)                                \
-  OW_IF_AVX512AMX(X(avx512amx, 0, kAnyM, decode_attention_avx512amx)) \
-  OW_IF_AVX512(X(avx512, 0, kAnyM, decode_attention_avx512))          \
-  OW_IF_AVX2(X(avx2, 0, kAnyM, decode_attention_avx2))                \
+#define OW_DECODE_ATTENTION_KERNELS(X)                                   \
+  OW_IF_AVX512AMX(X(avx512amx, 0, kAnyM, decode_attention_avx512amx))    \
+  OW_IF_AVX512BF16(X(avx512bf16, 0, kAnyM, decode_attention_avx512bf16)) \
+  OW_IF_AVX512(X(avx512, 0, kAnyM, decode_attention_avx512))             \
+  OW_IF_AVX2(X(avx2, 0, kAnyM, decode_attention_avx2))                   \
   X(scalar, 0, kAnyM, decode_attention_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const DecodeAttentionKernels kernels;

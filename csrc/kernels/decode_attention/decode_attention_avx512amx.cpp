@@ -18,6 +18,12 @@ struct RowBlock {
   int64_t row, rows;  // first, count
   int64_t common;     // keys that every row sees
 
+  // The values of the chunk, and the keys of the next.
+  Ahead values_ahead() const { return Ahead(chunk.values, chunk.value_stride, a.dv); }
+  Ahead keys_ahead() const {
+    return Ahead(chunk.keys + kKeyChunk * chunk.key_stride, chunk.key_stride, a.d);
+  }
+
   template <class Body>
   void for_each_row(const Body& body) const {
     for (int64_t r = 0; r < rows; ++r) {
@@ -31,22 +37,22 @@ struct RowBlock {
     float* states = chunk.state(a, row);
     const int64_t size = state_size(a);
     score_keys_bf16(q, rows, chunk.keys, chunk.key_stride, common, a.d, a.scale, scores[0],
-                    kKeyChunk, row == 0 ? chunk.values_ahead(a) : Ahead{});
+                    kKeyChunk, row == 0 ? values_ahead() : Ahead{});
     for_each_row([&](int64_t r, int64_t seen, int64_t more) {
       const bf16* query = chunk.query_row(a, row + r);
       float* to = scores[r] + common;
       const bf16* keys = chunk.keys + common * chunk.key_stride;
-      if (more > 0) score_keys<1>(&query, keys, chunk.key_stride, more, a.d, a.scale, &to, {});
+      if (more > 0) score_keys<1>(&query, keys, chunk.key_stride, more, a.d, a.scale, &to, Ahead{});
       soften(scores[r], seen, a.dv, states + r * size);
     });
     sum_values_bf16<kKeyChunk>(scores[0], kKeyChunk, rows, chunk.values, chunk.value_stride, common,
-                               a.dv, states, size, row == 0 ? chunk.keys_ahead(a) : Ahead{});
+                               a.dv, states, size, row == 0 ? keys_ahead() : Ahead{});
     for_each_row([&](int64_t r, int64_t, int64_t more) {
       const float* weights = scores[r] + common;
       float* state = states + r * size;
       const bf16* values = chunk.values + common * chunk.value_stride;
       if (more > 0) {
-        sum_values<1>(&weights, values, chunk.value_stride, more, a.dv, &state, {});
+        sum_values<1>(&weights, values, chunk.value_stride, more, a.dv, &state, Ahead{});
       }
     });
   }

@@ -35,13 +35,6 @@ struct Chunk {
     const int64_t end = min_of(a.n - a.queries + query + 1, begin + kKeyChunk);
     return end > begin ? end - begin : 0;
   }
-  // The values of the chunk, and the keys of the next.
-  Ahead values_ahead(const DecodeAttentionArgs& a) const {
-    return Ahead::of(values, value_stride, a.dv);
-  }
-  Ahead keys_ahead(const DecodeAttentionArgs& a) const {
-    return Ahead::of(keys + kKeyChunk * key_stride, key_stride, a.d);
-  }
   const T* query_row(const DecodeAttentionArgs& a, int64_t row) const {
     const int64_t query = item / a.kv_heads * a.queries + row / group_of(a);
     const int64_t head = item % a.kv_heads * group_of(a) + row % group_of(a);
@@ -52,32 +45,74 @@ struct Chunk {
   }
 };
 
-// Calls body(first row, RowCount<size>) over blocks of rows of one query, which see the same keys.
-template <class Body>
-OW_INLINE void for_each_query_block(const DecodeAttentionArgs& a, int64_t query, const Body& body) {
-  for_each_row_block(group_of(a), [&](int64_t head, auto count) __attribute__((always_inline)) {
-    body(query * group_of(a) + head, count);
-  });
-}
+// Rows that are taken through a chunk together.
+constexpr int64_t kMaxRows = 16;
 
-template <int kRows, class T>
-void attend_rows(const DecodeAttentionArgs& a, const Chunk<T>& chunk, int64_t row, int64_t count,
-                 bool first) {
-  alignas(64) float buffer[kRows][kKeyChunk];
-  const T* q[kRows];
-  float* scores[kRows];
-  float* state[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    q[r] = chunk.query_row(a, row + r);
-    scores[r] = buffer[r];
-    state[r] = chunk.state(a, row + r);
+// Up to kMaxRows rows and one chunk.
+template <class T>
+class ChunkRows {
+ public:
+  ChunkRows(const DecodeAttentionArgs& a, const Chunk<T>& chunk, int64_t first)
+      : a_(a), chunk_(chunk), fetches_(first == 0), count_(min_of(kMaxRows, rows_of(a) - first)) {
+    for (int64_t r = 0; r < count_; ++r) {
+      q_[r] = chunk.query_row(a, first + r);
+      state_[r] = chunk.state(a, first + r);
+      seen_[r] = chunk.seen_by(a, (first + r) / group_of(a));
+    }
   }
-  score_keys<kRows>(q, chunk.keys, chunk.key_stride, count, a.d, a.scale, scores,
-                    first ? chunk.values_ahead(a) : Ahead{});
-  for (int r = 0; r < kRows; ++r) soften(scores[r], count, a.dv, state[r]);
-  sum_values<kRows>(scores, chunk.values, chunk.value_stride, count, a.dv, state,
-                    first ? chunk.keys_ahead(a) : Ahead{});
-}
+
+  void attend() {
+    for_each_block(chunk_.keys, chunk_.key_stride, a_.d,
+                   [&](const T* keys, int64_t key, int64_t r, int64_t keys_seen, auto rows,
+                       const Ahead& ahead) {
+                     constexpr int kRows = decltype(rows)::kRows;
+                     float* to[kRows];
+                     for (int i = 0; i < kRows; ++i) to[i] = scores_[r + i] + key;
+                     score_keys<kRows>(q_ + r, keys, chunk_.key_stride, keys_seen, a_.d, a_.scale,
+                                       to, ahead);
+                   });
+    for (int64_t r = 0; r < count_; ++r) soften(scores_[r], seen_[r], a_.dv, state_[r]);
+    for_each_block(chunk_.values, chunk_.value_stride, a_.dv,
+                   [&](const T* values, int64_t key, int64_t r, int64_t keys_seen, auto rows,
+                       const Ahead& ahead) {
+                     constexpr int kRows = decltype(rows)::kRows;
+                     const float* weights[kRows];
+                     for (int i = 0; i < kRows; ++i) weights[i] = scores_[r + i] + key;
+                     sum_values<kRows>(weights, values, chunk_.value_stride, keys_seen, a_.dv,
+                                       state_ + r, ahead);
+                   });
+  }
+
+ private:
+  // Calls body(the block's first key or value, its place in the chunk, first row, what the rows see
+  // of the block, RowCount<rows>, ahead).
+  template <class Body>
+  void for_each_block(const T* from, int64_t stride, int64_t d, const Body& body) const {
+    // The last row sees the most.
+    for (int64_t key = 0; key < seen_[count_ - 1]; key += kKeyBlock) {
+      const T* block = from + key * stride;
+      const Ahead ahead = fetches_ ? Ahead(block + kKeyBlock * stride, stride, d) : Ahead{};
+      for (int64_t r = 0; r < count_;) {
+        // Of one query, whose rows see the same keys.
+        int64_t same = 1;
+        while (same < min_of(kRowBlock, count_ - r) && seen_[r + same] == seen_[r]) ++same;
+        const int64_t seen = min_of(kKeyBlock, seen_[r] - key);
+        with_row_count(
+            same, [&](auto rows) { body(block, key, r, seen, rows, ahead.part(r, same, count_)); });
+        r += same;
+      }
+    }
+  }
+
+  const DecodeAttentionArgs& a_;
+  const Chunk<T>& chunk_;
+  bool fetches_;
+  int64_t count_;
+  const T* q_[kMaxRows];
+  float* state_[kMaxRows];
+  int64_t seen_[kMaxRows];  // keys of the chunk
+  alignas(64) float scores_[kMaxRows][kKeyChunk];
+};
 
 // Calls body(chunk) over the chunks of spans [begin, end), whose states are cleared first.
 template <class T, class Body>
@@ -95,11 +130,7 @@ OW_INLINE void for_each_chunk(const DecodeAttentionArgs& a, int64_t begin, int64
 template <class T>
 void attend(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
   for_each_chunk<T>(a, begin, end, [&](const Chunk<T>& chunk) {
-    for (int64_t query = 0; query < a.queries; ++query) {
-      for_each_query_block(a, query, [&](int64_t row, auto count) {
-        attend_rows<decltype(count)::kRows>(a, chunk, row, chunk.seen_by(a, query), row == 0);
-      });
-    }
+    for (int64_t row = 0; row < rows_of(a); row += kMaxRows) ChunkRows<T>(a, chunk, row).attend();
   });
 }
 

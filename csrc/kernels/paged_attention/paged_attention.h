@@ -6,9 +6,10 @@
 //
 // with g = h / (heads / kv_heads) and j < length - queries + t + 1 (causal, aligned at the end of
 // each head's own tokens). Without a token y = 0 and lse = -infinity. k^ and v^ are what the
-// formats say that keys and values are, to fp32's accuracy; with tables of cosines and sines, keys
-// are rotated first: k^[i] cos[p,i] - k^[i + d/2] sin[p,i] and so on (halves), p the token's
-// position.
+// formats say that keys and values are; with tables of cosines and sines, keys are rotated first:
+// k^[i] cos[p,i] - k^[i + d/2] sin[p,i] and so on (halves), p the token's position. Accurate to
+// fp32's rounding or, of bf16 and quantized sides, to 2^-16 of the largest of the products that
+// scales go into.
 //
 //   0              pages              newest            length
 //   | 32 | 32 | … the selected ones … | ring, last queries |
@@ -84,10 +85,11 @@ struct PagedAttentionKernels {
   void (*merge)(const PagedAttentionArgs&, int64_t begin, int64_t end);
 };
 
-#define OW_PAGED_ATTENTION_KERNELS(X)                                \
-  OW_IF_AVX512AMX(X(avx512amx, 0, kAnyM, paged_attention_avx512amx)) \
-  OW_IF_AVX512(X(avx512, 0, kAnyM, paged_attention_avx512))          \
-  OW_IF_AVX2(X(avx2, 0, kAnyM, paged_attention_avx2))                \
+#define OW_PAGED_ATTENTION_KERNELS(X)                                   \
+  OW_IF_AVX512AMX(X(avx512amx, 0, kAnyM, paged_attention_avx512amx))    \
+  OW_IF_AVX512BF16(X(avx512bf16, 0, kAnyM, paged_attention_avx512bf16)) \
+  OW_IF_AVX512(X(avx512, 0, kAnyM, paged_attention_avx512))             \
+  OW_IF_AVX2(X(avx2, 0, kAnyM, paged_attention_avx2))                   \
   X(scalar, 0, kAnyM, paged_attention_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const PagedAttentionKernels kernels;

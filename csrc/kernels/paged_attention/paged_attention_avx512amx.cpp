@@ -1,4 +1,5 @@
 #include "kernels/paged_attention/paged_attention_codes_avx512amx.h"
+#include "kernels/paged_attention/paged_attention_rows_body.h"
 #include "simd/attention_bf16_avx512amx.h"
 
 namespace ow {
@@ -78,10 +79,8 @@ class Bf16Sides {
   PackedQueries<kMaxPagedD> q_[kMaxRows / kTileRows];
 };
 
-// Rows from which on tiles beat vectors: their products take the same time for 1 to 5 rows.
-constexpr int64_t kTileRowsFrom = 6;
-
-// What a side's format has products for; panels of fp32 for the rest.
+// What a side's format has products for; rows or panels of floats for the rest.
+template <int kDigits>
 class Tiles {
  public:
   void take(const Rows& rows) { bf16_.take(rows); }
@@ -89,46 +88,50 @@ class Tiles {
   void score(Rows* rows, const Chunk& chunk, PagesAhead values) {
     const KVPages& kv = rows->a.kv;
     const bool plain = !chunk.newest && rows->a.cos == nullptr;
-    if (plain && CodeSides::reads_keys(kv.keys)) {
+    if (plain && has_key_products(kv.keys)) {
       with_bits(kv.keys.bits, [&](auto bits) {
         constexpr int kBits = decltype(bits)::kValue;
-        if (rows->count < kTileRowsFrom) return codes_.score<kBits>(rows, chunk, &values);
-        code_tiles_.score<kBits>(rows, chunk, &values);
+        if (!fill_a_tile(*rows)) return codes_.template score<kBits>(rows, chunk, &values);
+        code_tiles_.template score<kBits>(rows, chunk, &values);
       });
     } else if (plain && is_dense(kv.keys) && kv.type == FloatType::bf16) {
       bf16_.score(rows, chunk, values);
     } else {
-      panels_.score(rows, chunk, values);
+      floats_.score(rows, chunk, values);
     }
   }
 
   void add_values(Rows* rows, const Chunk& chunk, float* states, PagesAhead keys) {
     const KVPages& kv = rows->a.kv;
-    if (!chunk.newest && CodeSides::reads_values(kv.values)) {
+    if (!chunk.newest && has_value_products(kv.values)) {
       with_bits(kv.values.bits, [&](auto bits) {
         constexpr int kBits = decltype(bits)::kValue;
-        if (rows->count < kTileRowsFrom) {
-          return codes_.add_values<kBits>(rows, chunk, states, &keys);
+        if (!fill_a_tile(*rows)) {
+          return codes_.template add_values<kBits>(rows, chunk, states, &keys);
         }
-        code_tiles_.add_values<kBits>(rows, chunk, states, &keys);
+        code_tiles_.template add_values<kBits>(rows, chunk, states, &keys);
       });
     } else if (!chunk.newest && is_dense(kv.values) && kv.type == FloatType::bf16) {
       bf16_.add_values(rows, chunk, states, keys);
     } else {
-      panels_.add_values(rows, chunk, states, keys);
+      floats_.add_values(rows, chunk, states, keys);
     }
   }
 
  private:
-  Panels panels_;
-  CodeSides codes_;
-  CodeTiles code_tiles_;
+  // Tiles beat vectors from then on (three digits: 6 rows): they take the same time for fewer.
+  static bool fill_a_tile(const Rows& rows) { return kDigits * rows.count >= kTileRows; }
+
+  FloatSides floats_;
+  CodeRows<kDigits> codes_;
+  CodeTiles<kDigits> code_tiles_;
   Bf16Sides bf16_;
 };
 
 void attend_tiles(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
   open_tiles();
-  attend<Tiles>(a, begin, end);
+  with_digits(a.kv.type,
+              [&](auto digits) { attend<Tiles<decltype(digits)::kValue>>(a, begin, end); });
   close_tiles();
 }
 

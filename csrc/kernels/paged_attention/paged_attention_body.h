@@ -131,7 +131,8 @@ class Panels {
       weights[j] = rows->scores[r + j] + i * kPanelTokens;
       out[j] = states + (r + j) * state_size(rows->a);
     }
-    sum_values<Count::kRows>(weights, panel.at[0], kMaxPagedD, seen, rows->a.kv.values.d, out, {});
+    sum_values<Count::kRows>(weights, panel.at[0], kMaxPagedD, seen, rows->a.kv.values.d, out,
+                             Ahead{});
   }
 };
 

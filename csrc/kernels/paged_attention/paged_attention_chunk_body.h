@@ -126,6 +126,11 @@ class PagesAhead {
       left_ -= 64;
     }
   }
+  // Of dense pages; null where there are none.
+  const uint8_t* first_row() const {
+    const bool some = is_dense(side_) && chunk_.panels > 0 && chunk_.panel[0].page >= 0;
+    return some ? dense_row(a_, side_, chunk_.panel[0]) : nullptr;
+  }
 
  private:
   bool next_range() {

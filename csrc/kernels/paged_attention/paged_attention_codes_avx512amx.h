@@ -1,5 +1,5 @@
-// Products of codes for many rows: tile row 3 r + i is digit i of row r, and codes are unpacked to
-// the cache, from where each tile of rows takes them.
+// Products of codes for many rows: tile row kDigits * r + i is digit i of row r, and codes are
+// unpacked to the cache, from where each tile of rows takes them.
 #pragma once
 
 #include "kernels/paged_attention/paged_attention_codes_avx512.h"
@@ -34,19 +34,22 @@ struct CodeLines {
 
 // sums[tile row][half] of all digit rows, and bytes from row to row.
 constexpr int64_t kSumBytes = 2 * 64;
+template <int kDigits>
 struct Sums {
   alignas(64) int32_t at[kDigits * kMaxRows][2][kTileRows];
 
-  VecF total(const DigitRows& x, int64_t r, int64_t half) const {
-    const auto digit = [&](int64_t d) { return _mm512_load_si512(at[kDigits * r + d][half]); };
-    return total_of(x, r, digit(0), digit(1), digit(2));
+  VecF total(const DigitRows<kDigits>& x, int64_t r, int64_t half) const {
+    __m512i digits[kDigits];
+    for (int d = 0; d < kDigits; ++d) digits[d] = _mm512_load_si512(at[kDigits * r + d][half]);
+    return total_of(x, r, digits);
   }
 };
 
 // A product waits 52 cycles for the one before it on the same sums, so four sums are kept going: of
 // both halves of two panels for one tile of rows, or of one panel for two.
-OW_INLINE void multiply_two_panels(const DigitRows& x, const CodeLines* lines, int64_t steps,
-                                   Sums* sums) {
+template <int kDigits>
+OW_INLINE void multiply_two_panels(const DigitRows<kDigits>& x, const CodeLines* lines,
+                                   int64_t steps, Sums<kDigits>* sums) {
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   for (int64_t s = 0; s < steps; ++s) {
     load_tile<4>(x.tile(0, s * kStep), kMaxDepth);
@@ -63,8 +66,9 @@ OW_INLINE void multiply_two_panels(const DigitRows& x, const CodeLines* lines, i
   store_tile<2>(sums[1].at[0][0], kSumBytes), store_tile<3>(sums[1].at[0][1], kSumBytes);
 }
 
-OW_INLINE void multiply_two_tiles(const DigitRows& x, const CodeLines& lines, int64_t t,
-                                  bool second, int64_t steps, Sums* sums) {
+template <int kDigits>
+OW_INLINE void multiply_two_tiles(const DigitRows<kDigits>& x, const CodeLines& lines, int64_t t,
+                                  bool second, int64_t steps, Sums<kDigits>* sums) {
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   for (int64_t s = 0; s < steps; ++s) {
     load_tile<4>(x.tile(t, s * kStep), kMaxDepth);
@@ -85,8 +89,9 @@ OW_INLINE void multiply_two_tiles(const DigitRows& x, const CodeLines& lines, in
 }
 
 // Products of all rows and `panels`, one or two, panels.
-OW_INLINE void multiply(const DigitRows& x, const CodeLines* lines, int64_t panels, int64_t rows,
-                        int64_t steps, Sums* sums) {
+template <int kDigits>
+OW_INLINE void multiply(const DigitRows<kDigits>& x, const CodeLines* lines, int64_t panels,
+                        int64_t rows, int64_t steps, Sums<kDigits>* sums) {
   const int64_t tiles = div_up(kDigits * rows, kTileRows);
   if (tiles == 1 && panels == 2) return multiply_two_panels(x, lines, steps, sums);
   for (int64_t i = 0; i < panels; ++i) {
@@ -97,6 +102,7 @@ OW_INLINE void multiply(const DigitRows& x, const CodeLines* lines, int64_t pane
 }
 
 // The same sides for many rows, by tile products.
+template <int kDigits>
 class CodeTiles {
  public:
   template <int kBits>
@@ -135,16 +141,15 @@ class CodeTiles {
   }
 
  private:
-  void put_scores(Rows* rows, int64_t i, const Sums& sums) const {
+  void put_scores(Rows* rows, int64_t i, const Sums<kDigits>& sums) const {
     for (int64_t r = 0; r < rows->count; ++r) {
       for (int64_t half = 0; half < 2; ++half) {
-        store(rows->scores[r] + i * kPanelTokens + half * kLanes,
-              mul(sums.total(x_, r, half), set1(rows->a.scale)));
+        store(rows->scores[r] + i * kPanelTokens + half * kLanes, sums.total(x_, r, half));
       }
     }
   }
 
-  void add_sums(const Rows* rows, int64_t c, const Sums& sums, float* states) const {
+  void add_sums(const Rows* rows, int64_t c, const Sums<kDigits>& sums, float* states) const {
     const int64_t channels = rows->a.kv.values.d - c;
     for (int64_t r = 0; r < rows->count; ++r) {
       float* out = states + r * state_size(rows->a) + c;
@@ -156,9 +161,9 @@ class CodeTiles {
     }
   }
 
-  DigitRows x_{};
+  DigitRows<kDigits> x_{};
   CodeLines lines_[2]{};
-  Sums sums_[2];
+  Sums<kDigits> sums_[2];
 };
 
 }  // namespace

@@ -111,19 +111,17 @@ class Prefill:
         self._policy, self._index, self._report = policy, index, report
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and q.requires_grad:
-            self._report.dense_calls += 1
-            return dense_attention(q, keys, values)
         return self.attend(q, keys, values).flatten(2)
 
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float | None = None
     ) -> Tensor:
-        """Without a gradient: ``q [b, t, h, d]``, ``keys [b, g, n, d]`` to ``[b, t, h, d]``."""
-        k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        if keys.shape[2] < self._report.crossover:
+        """``q [b, t, h, d]``, ``keys [b, g, n, d]`` to ``[b, t, h, d]``."""
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))
+        if gradient or keys.shape[2] < self._report.crossover:
             self._report.dense_calls += 1
-            return _DENSE(self._index, q, k, v, scale=scale).o
+            return dense_attention(q, keys, values, scale=scale).view(*q.shape[:3], -1)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
         o, density = self._policy(self._index, q, k, v, scale=scale)
         self._report.densities[self._index].append(density)
         return o

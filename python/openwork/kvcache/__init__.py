@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .budgets import keep_adaptive, keep_even
-from .cache import Cache
+from .cache import Cache, prefilling, roll_back
+from .compression import column_scores
 from .eviction import H2O, TOVA, AdaKV, Recency, SnapKV
 from .formats import Format, kivi
 from .kvquant import fit_levels, kvquant, kvquant_each
-from .layer import LayerCache, column_scores
+from .layer import LayerCache
 from .merging import EMS, merge_tokens
 from .paging import LServe, Quest
 from .policy import Held, KeepAll, Kept, LayerPolicy, PageChoice, Policy, Prompt, State
@@ -43,5 +44,7 @@ __all__ = [
     "kvquant",
     "kvquant_each",
     "merge_tokens",
+    "prefilling",
     "retrieval_heads",
+    "roll_back",
 ]

@@ -158,6 +158,8 @@ class H2O:
 class _H2OLayer(LayerPolicy):
     """H2O with the scores of the tokens that are held."""
 
+    stateful = True
+
     def __init__(self, policy: H2O) -> None:
         self._policy = policy
         self._scores = torch.empty(0)
@@ -176,6 +178,10 @@ class _H2OLayer(LayerPolicy):
         if mask is not None:
             self._scores = _kept(self._scores, mask)
         return mask
+
+    def reorder(self, order: Tensor) -> None:
+        if self._scores.numel():
+            self._scores = self._scores[order]
 
     def _keep(self, scores: Tensor) -> Tensor | None:
         n = scores.shape[-1]

@@ -46,13 +46,15 @@ class Format:
         page_size: int,
         dtype: torch.dtype,
         *,
+        drafts: int,
         bounds: bool,
     ) -> KVPages:
         """Empty pages for a layer whose rows are sequences of one head."""
         plain = KVFormat(8 * dtype.itemsize)
         return KVPages.allocate(
             rows, 1, head_dim, max_len, keys=self.keys or plain, values=self.values or plain,
-            dtype=dtype, page_size=page_size, bounds=bounds, positions=self.rotate == "read",
+            dtype=dtype, page_size=page_size, drafts=drafts, bounds=bounds,
+            positions=self.rotate == "read",
         )  # fmt: skip
 
 

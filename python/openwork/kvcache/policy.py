@@ -117,9 +117,15 @@ class PageChoice(NamedTuple):
 
 
 class LayerPolicy:
-    """The policy of one layer. This one keeps every token and reads it at each step."""
+    """The policy of one layer. This one keeps every token and reads it at each step.
+
+    Attributes:
+        pages: which pages steps read; None for all.
+        stateful: whether it keeps account of the tokens of all sequences between calls.
+    """
 
     pages: PageChoice | None = None
+    stateful: bool = False
 
     def compress(self, prompt: Prompt) -> Kept | None:
         """Which tokens of a prompt to keep; None for all."""
@@ -132,6 +138,9 @@ class LayerPolicy:
     def elsewhere(self, q: Tensor, scale: float) -> State | None:
         """Attention of ``q [b, t, h, d]`` to what stands for dropped tokens; None for none."""
         return None
+
+    def reorder(self, order: Tensor) -> None:
+        """Sequence ``i`` goes on as ``order[i]`` was, and what is kept account of with it."""
 
 
 class Policy(Protocol):

@@ -46,6 +46,7 @@ class _RazorLayer(LayerPolicy):
         self._retrieval = retrieval.view(1, -1, 1)
         self._streaming = Recency(policy.sinks, policy.recent)
         self._gone = Compensation() if policy.compensation else None
+        self.stateful = policy.compensation
 
     def compress(self, prompt: Prompt) -> Kept | None:
         kept = self._streaming.compress(prompt)
@@ -64,6 +65,10 @@ class _RazorLayer(LayerPolicy):
 
     def elsewhere(self, q: Tensor, scale: float) -> State | None:
         return None if self._gone is None else self._gone.state(q, scale)
+
+    def reorder(self, order: Tensor) -> None:
+        if self._gone is not None:
+            self._gone.reorder(order)
 
 
 class Compensation:
@@ -91,6 +96,12 @@ class Compensation:
         )
         before = self._sums or tuple(map(torch.zeros_like, more))
         self._sums = more[0] + before[0], more[1] + before[1], more[2] + before[2]
+
+    def reorder(self, order: Tensor) -> None:
+        """Let sequence ``i`` have the means of ``order[i]``."""
+        if self._sums is not None:
+            keys, values, count = self._sums
+            self._sums = keys[order], values[order], count[order]
 
     def state(self, q: Tensor, scale: float) -> State | None:
         """Attention of ``q [b, t, h, d]`` to the means; None before anything was dropped."""

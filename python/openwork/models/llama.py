@@ -11,7 +11,7 @@ heads of width ``e``::
 Decoding one token is a chain of small calls, so the code is shaped by their number: q, k and v
 are rows of one linear, gate and up of another; the residual is added inside the linear (``add``);
 and norm, rotation (which also fills the cache) and gate are fused operators, which have no
-gradient: where one is needed the same formulas run in plain torch.
+gradient: where one is needed the same formulas run in plain torch. Attention has a gradient.
 """
 
 from __future__ import annotations
@@ -72,49 +72,44 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-# Queries in one attention call: keys past the last of them are not touched, which saves half of a
-# long prompt's products. Fewer make torch's kernel inefficient (512 tokens, 9 heads: 4.6 ms in one
-# call, 3.1 in chunks of 128, 4.8 in chunks of 64).
-_CHUNK = 128
-
-# Queries up to which reading each key once for all of them beats torch's kernel.
+# Queries up to which reading each key once for all of them beats tiling them.
 _DECODE = 8
 
+# In float32 it does for more queries if keys are many: 16 over 4096, 9 heads on 3 of 64, take 1.4
+# ms and tiles 1.6; 32 heads on 8 of 128, 8.4 and 23. With bfloat16 products tiles win from 9 on.
+_FEW, _KEYS_PER_QUERY = 32, 64
 
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+
+def dense_attention(
+    q: Tensor, keys: Tensor, values: Tensor, *, scale: float | None = None
+) -> Tensor:
     """Causal attention of the last ``t`` of ``n`` positions.
 
     Args:
         q: ``[b, t, h, e]``.
         keys: ``[b, g, n, e]``; ``values`` alike.
+        scale: of the scores; None: ``1 / sqrt(e)``.
 
     Returns:
         ``[b, t, h e]``.
     """
-    b, t, h, e = q.shape
-    g, n = keys.shape[1:3]
-    q = q.transpose(1, 2)
-    chunks = []
-    for begin in range(0, t, _CHUNK):
-        size = min(_CHUNK, t - begin)
-        seen = n - t + begin + size
-        chunks.append(
-            F.scaled_dot_product_attention(
-                q[:, :, begin : begin + size],
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                attn_mask=torch.ones(size, seen, dtype=torch.bool).tril_(seen - size),
-                enable_gqa=h != g,
-            )
-        )
-    return torch.cat(chunks, dim=2).transpose(1, 2).reshape(b, t, h * e)
+    t, n = q.shape[1], keys.shape[2]
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    o: Tensor | tuple[Tensor, ...]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        o = ops.block_attention_train(q, k, v, scale=scale)
+    elif t <= _DECODE or (q.dtype == torch.float32 and t <= _FEW and n >= _KEYS_PER_QUERY * t):
+        o = ops.decode_attention(q, keys, values, n, scale)
+    else:
+        o = ops.block_attention(q, k, v, scale=scale)
+    return cast(Tensor, o).flatten(2)
 
 
 class Prefill(Protocol):
     """How a layer attends where there are many queries: :func:`dense_attention`, or less."""
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """As :func:`dense_attention`."""
+        """As :func:`dense_attention`, with its own scale."""
 
 
 class DenseLinear(nn.Linear):

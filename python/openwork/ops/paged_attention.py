@@ -51,10 +51,14 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last ``t`` tokens of each sequence over what its pages and tails hold.
 
-    ``softmax(scale * q @ k.T) @ v`` with k and v as the formats say that they are, to fp32's
-    accuracy: codes are multiplied as they are, and scales go into queries and weights. Causal: of a
+    ``softmax(scale * q @ k.T) @ v`` with k and v as the formats say that they are. Causal: of a
     head that holds n tokens the last query sees n, the one before it one less; a query that sees
     none gives 0. The result does not depend on the number of threads.
+
+    Codes are multiplied as they are; scales of keys go into queries, those of values into weights.
+    In float32 and float16 this is accurate as fp32 is. In bfloat16 either product may be rounded
+    to 16 bits, by up to 2^-16 of the largest of its row (of weights: of 256 tokens): errors of 128
+    channels together move a score by no more than rounding the largest q to bfloat16 has.
 
     With ``selected`` only some pages count, and the newest tokens: those from the last multiple of
     32 on that lies in pages on both sides and that every query sees.

@@ -133,6 +133,16 @@ def _op(q: Tensor, pages: KVPages, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.paged_attention(q, pages, return_lse=True, **kwargs)
 
 
+def _digit_error(dtype: torch.dtype, fmt: KVFormat, side: Any, n: int) -> Tensor:
+    """Of a sum over n codes, where the other factor's largest is 1."""
+    if dtype != torch.bfloat16 or fmt.dense or fmt.codebook or fmt.outliers:
+        return torch.zeros(())
+    error: Tensor = (
+        n * 1.004 * 2**-17 * (2**fmt.bits - 1) * side.scales.float().abs().nan_to_num().max()
+    )
+    return error
+
+
 def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     q, pages = sample.args
     d = q.shape[3]
@@ -162,10 +172,20 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, Te
         )
         parts = pages.values.scales.float().abs() * top + pages.values.mins.float().abs()
         reach = reach + 2 * parts.nan_to_num().max()
+    # Two digits of q * scale and of weight * scale, of up to 256 tokens together: half a step each,
+    # and as far from the middle as a code can be.
+    score_error, value_error = (
+        _digit_error(q.dtype, fmt, side, n)
+        for fmt, side, n in (
+            (pages.key_format, pages.keys, d),
+            (pages.value_format, pages.values, min(longest, 256)),
+        )
+    )
+    score_error = score_error * factor * (q.float().abs().max() if q.numel() else 0.0)
     eps = EPS[q.dtype]
-    inner = EPS[torch.float32] * steps * reach
+    inner = (EPS[torch.float32] * steps + (2 * score_error).expm1()) * reach + value_error
     y = inner + eps * (expected[0].abs() + inner) + TINY[q.dtype] * eps
-    lse = EPS[torch.float32] * (steps + expected[1].abs().nan_to_num(posinf=0.0))
+    lse = EPS[torch.float32] * (steps + expected[1].abs().nan_to_num(posinf=0.0)) + score_error
     return y, lse
 
 
@@ -275,7 +295,7 @@ def _cost(params: Mapping[str, Any]) -> Cost:
     # Codes, and of each group a scale and a min of 16 bits; queries and results.
     number = bits / 8 if bits >= 16 else bits / 8 + 4 / params["group_size"]
     units: dict[int, Unit] = {32: "fp32", 16: "bf16"}
-    digits = {32: 1, 16: 2}.get(bits, 3)
+    digits = 1 if bits == 32 else 2
     size = getattr(torch, params["dtype"]).itemsize
     return Cost(
         int(2 * g * tokens * d * number) + 2 * t * h * d * size,
