@@ -192,8 +192,17 @@ def test_depths_and_patterns(entry: Entry, rng: np.random.Generator) -> None:
         for k in DEPTHS:
             for group_size in {32, 64, 128, k} if bits_of(entry) <= 8 else {k}:
                 if takes(entry, 2, pattern, k, group_size, vector):
-                    options = {"pattern": pattern, "group_size": group_size, "vector": vector}
-                    check(entry, make(entry, rng, 2, 17, k, **options))
+                    p = make(
+                        entry,
+                        rng,
+                        2,
+                        17,
+                        k,
+                        pattern=pattern,
+                        vector=vector,
+                        group_size=group_size,
+                    )
+                    check(entry, p)
 
 
 def test_vectors_and_patterns(entry: Entry, rng: np.random.Generator) -> None:
