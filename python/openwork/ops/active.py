@@ -10,13 +10,12 @@ from ..packing import COLUMN_LAYOUTS, ColumnWeight, value_bits
 from .checks import (
     check,
     check_contiguous,
-    check_defined,
     check_dtype,
+    check_fp32_or_bf16,
     check_linear_x,
     check_operand,
     check_shape,
     check_weight_size,
-    dtype_name,
     linear_result,
 )
 
@@ -43,7 +42,7 @@ def pack_columns(weight: Tensor) -> ColumnWeight:
         ([30, 32], 'columns_n16k1@1')
     """
     op = "pack_columns"
-    _check_column_floats(op, "weight", weight)
+    check_fp32_or_bf16(op, "weight", weight)
     check(weight.dim() == 2, f"{op}: weight must be [n, k], got {list(weight.shape)}")
     n, k = weight.shape
     check_weight_size(op, n, k)
@@ -193,14 +192,6 @@ def active_linear(
     return y
 
 
-def _check_column_floats(op: str, name: str, tensor: Tensor) -> None:
-    check_defined(op, name, tensor)
-    check(
-        tensor.dtype in (torch.float32, torch.bfloat16),
-        f"{op}: {name} must be float32 or bfloat16, got {dtype_name(tensor.dtype)}",
-    )
-
-
 def _check_columns(
     op: str,
     columns: Tensor,
@@ -222,7 +213,7 @@ def _check_columns(
     strip = 512 // bits if bits else 16
     n_padded = -(-n // strip) * strip
     if bits == 0:
-        _check_column_floats(op, "columns", columns)
+        check_fp32_or_bf16(op, "columns", columns)
         check_shape(op, "columns", columns, [k, n_padded])
         check_contiguous(op, "columns", columns)
         check(

@@ -10,13 +10,12 @@ from ..packing import BLOCK_LAYOUTS, BlockSparseWeight, block_of
 from .checks import (
     check,
     check_contiguous,
-    check_defined,
     check_dtype,
+    check_fp32_or_bf16,
     check_linear_x,
     check_operand,
     check_shape,
     check_weight_size,
-    dtype_name,
     linear_result,
 )
 
@@ -82,14 +81,6 @@ def expand_block_sparse(weight: BlockSparseWeight) -> Tensor:
     return w
 
 
-def _check_block_values(op: str, name: str, tensor: Tensor) -> None:
-    check_defined(op, name, tensor)
-    check(
-        tensor.dtype in (torch.float32, torch.bfloat16),
-        f"{op}: {name} must be float32 or bfloat16, got {dtype_name(tensor.dtype)}",
-    )
-
-
 def _check_blocks(
     op: str, indptr: Tensor, indices: Tensor, values: Tensor, layout: int, n: int, k: int
 ) -> None:
@@ -120,7 +111,7 @@ def _block_sparse_linear_fake(
 ) -> Tensor:
     op = "block_sparse_linear"
     check_linear_x(op, x, k)
-    _check_block_values(op, "values", values)
+    check_fp32_or_bf16(op, "values", values)
     _check_blocks(op, indptr, indices, values, layout, n, k)
     return linear_result(op, x, n, bias, add)
 
@@ -130,7 +121,7 @@ def _compress_block_sparse_fake(
     weight: Tensor, mask: Tensor, block: int, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "compress_block_sparse"
-    _check_block_values(op, "weight", weight)
+    check_fp32_or_bf16(op, "weight", weight)
     check(weight.dim() == 2, f"{op}: weight must be [n, k], got {list(weight.shape)}")
     check(block in _BLOCKS, f"{op}: block must be 16, 32 or 64, got {block}")
     n, k = weight.shape
@@ -154,6 +145,6 @@ def _expand_block_sparse_fake(
     indptr: Tensor, indices: Tensor, values: Tensor, layout: int, n: int, k: int
 ) -> Tensor:
     op = "expand_block_sparse"
-    _check_block_values(op, "values", values)
+    check_fp32_or_bf16(op, "values", values)
     _check_blocks(op, indptr, indices, values, layout, n, k)
     return values.new_empty((n, k))

@@ -43,6 +43,14 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
+def check_fp32_or_bf16(op: str, name: str, tensor: Tensor) -> None:
+    check_defined(op, name, tensor)
+    check(
+        tensor.dtype in (torch.float32, torch.bfloat16),
+        f"{op}: {name} must be float32 or bfloat16, got {dtype_name(tensor.dtype)}",
+    )
+
+
 def check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
     check(
         list(tensor.shape) == want,
