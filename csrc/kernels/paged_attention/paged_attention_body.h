@@ -136,13 +136,19 @@ class Panels {
   }
 };
 
+// The head of a span, `from` or one after it.
+OW_INLINE int64_t item_of(const PagedAttentionArgs& a, int64_t from, int64_t span) {
+  while (a.spans[from + 1] <= span) ++from;
+  return from;
+}
+
 template <class Sides>
 void attend(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
   Rows rows(a);
   Sides sides;
   int64_t item = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
-    while (a.spans[item + 1] <= unit) ++item;
+    item = item_of(a, item, unit);
     float* states = a.states + unit * rows_of(a) * state_size(a);
     clear_states(states, state_size(a), rows_of(a), a.kv.values.d);
     for (int64_t first = 0; first < rows_of(a); first += kMaxRows) {
@@ -157,6 +163,11 @@ void attend(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
           soften(rows.scores[r], rows.seen(chunk[i], r), a.kv.values.d, state + r * state_size(a));
         }
         more = chunks.next(&chunk[i ^ 1]);
+        // Of the next span, to be fetched.
+        if (!more && unit + 1 < end) {
+          const int64_t next = item_of(a, item, unit + 1);
+          Chunks(a, next, unit + 1 - a.spans[next]).next(&chunk[i ^ 1]);
+        }
         sides.add_values(&rows, chunk[i], state, PagesAhead(a, a.kv.keys, chunk[i ^ 1]));
       }
     }

@@ -119,6 +119,13 @@ class PagesAhead {
       : a_(a), side_(side), chunk_(chunk), size_(float_size(a.kv.type)) {}
 
   void fetch(int64_t lines) {
+    if (left_ >= 64 * lines) {
+      const uint8_t* at = at_;
+      at_ += 64 * lines;
+      left_ -= 64 * lines;
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+      return;
+    }
     for (; lines > 0; --lines) {
       if (left_ <= 0 && !next_range()) return;
       __builtin_prefetch(at_, 0, 2);
