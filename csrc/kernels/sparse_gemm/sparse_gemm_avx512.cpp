@@ -1,12 +1,11 @@
-// Beside the kernels over tokens, one for few rows: a mask expands 16 packed values into the lanes
-// of their k, which multiply 16 x of each row.
+// Beside the kernels over tokens, one for few rows: a mask expands packed values into the lanes of
+// their k, which multiply 16 x of each row.
 //
 //   values  a b c ...      mask  0 1 1 0 0 1 ...      lanes  . a b . . c ...
 //
-// Sixteen weights cost two permutes for the expansion and one for moving the mask, whatever the
-// sparsity, against 4 bytes a value and 1/8 a weight: memory is slower by far at m = 1. Each row of
-// a block needs the place of its first value, the one before plus a count of bits; the counts
-// of the four masks of 16 are of the row's mask, so that chain is one step a row.
+// A table says for each eight bits of a mask which value a lane takes, and a permute fetches it:
+// Zen 4 does two such permutes in a cycle, and vexpandps, which needs no table, in five. The cost
+// is the same whatever the sparsity.
 #include <immintrin.h>
 
 #include "kernels/sparse_gemm/sparse_gemm_body.h"
@@ -14,10 +13,36 @@
 namespace ow::OW_TARGET {
 namespace {
 
-OW_INLINE __m512 sixteen_values(const float* p) { return _mm512_loadu_ps(p); }
-OW_INLINE __m512 sixteen_values(const bf16* p) { return widen_bf16(_mm256_loadu_epi16(p)).v; }
-OW_INLINE __m512 sixteen_values(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_epi8(p)));
+// Of eight lanes that a mask chooses, the value of each: its place among those stored.
+struct LaneTable {
+  uint8_t of[256][8];
+};
+constexpr LaneTable lane_table() {
+  LaneTable table{};
+  for (int mask = 0; mask < 256; ++mask) {
+    uint8_t next = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      if ((mask >> lane & 1) != 0) table.of[mask][lane] = next++;
+    }
+  }
+  return table;
+}
+constexpr LaneTable kLaneTable = lane_table();
+
+OW_INLINE __m256 eight_values(const float* p) { return _mm256_loadu_ps(p); }
+OW_INLINE __m256 eight_values(const bf16* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_epi16(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+OW_INLINE __m256 eight_values(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
+}
+
+// Lanes that `mask`, eight bits, leaves out hold any value.
+template <class T>
+OW_INLINE __m256 expand_eight(uint64_t mask, const T* value) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadu_si64(kLaneTable.of[mask]));
+  return _mm256_permutevar8x32_ps(eight_values(value), lanes);
 }
 
 // acc[i] += one row of a block times 64 k of rows i of x, 16 k of which are `stride` floats apart.
@@ -27,11 +52,14 @@ OW_INLINE void expand_row(uint64_t mask, const T* value, const float* x, int64_t
                           __m512* acc) {
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
-    __mmask16 lanes = __mmask16(mask >> (16 * q));
-    // One mask register: gcc would move the bits to a second one for the multiply.
-    asm("" : "+Yk"(lanes));
-    const T* from = value + __builtin_popcountll(mask & ((uint64_t{1} << (16 * q)) - 1));
-    const __m512 w = _mm512_maskz_expand_ps(lanes, sixteen_values(from));
+    const uint64_t low = mask >> (16 * q) & 0xff;
+    const uint64_t high = mask >> (16 * q + 8) & 0xff;
+    const __m256 lower = expand_eight(low, value);
+    value += __builtin_popcountll(low);
+    const __m256 upper = expand_eight(high, value);
+    value += __builtin_popcountll(high);
+    const __m512 w = _mm512_insertf32x8(_mm512_castps256_ps512(lower), upper, 1);
+    const __mmask16 lanes = __mmask16(mask >> (16 * q));
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const __m512 columns = _mm512_loadu_ps(x + q * stride + i * 16);

@@ -4,8 +4,8 @@
 //
 //   masks  0 1 1 0 ... | 0 0 1 ... | ...     list  (1, w) (2, w) (66, w) ...
 //
-// vpcompressw makes places of 32 bits of a mask at once. Lists are multiplied in order of their
-// length: a loop that ends after as many turns as the one before costs no misprediction.
+// vpcompressb makes the columns of a mask at once. Lists are multiplied in order of their length: a
+// loop that ends after as many turns as the one before costs no misprediction.
 #include <immintrin.h>
 
 #include "kernels/sparse_gemm/sparse_gemm_body.h"
@@ -48,24 +48,74 @@ OW_INLINE VecF load_value(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_epi8(p)))};
 }
 
-// Places of the set bits of a mask: `first` and up to 63 further ones, `apart` apart.
-OW_INLINE void write_places(uint64_t mask, int64_t first, int64_t apart, uint16_t* out) {
-  const __m512i bits = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17,
-                                        16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(bits, _mm512_set1_epi16(short(apart))),
-                                       _mm512_set1_epi16(short(first)));
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(short(32 * apart)));
-  const uint32_t low_mask = uint32_t(mask);
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(low_mask, low));
-  _mm512_storeu_si512(out + __builtin_popcount(low_mask),
-                      _mm512_maskz_compress_epi16(uint32_t(mask >> 32), high));
+// Places of the set bits of a mask, at most 16 kPieces, whose block begins at column `first`.
+template <int kVecs, int kPieces>
+OW_INLINE void write_places(uint64_t mask, __m512i first, uint16_t* out) {
+  constexpr int kShift = kVecs == 1 ? 6 : 7;  // bytes of a column
+  const __m512i bits = _mm512_set_epi8(
+      63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41,
+      40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18,
+      17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i columns = _mm512_maskz_compress_epi8(mask, bits);
+  const auto places_of = [&](__m256i half) {
+    return _mm512_slli_epi16(_mm512_add_epi16(_mm512_cvtepu8_epi16(half), first), kShift);
+  };
+  const __m512i low = places_of(_mm512_castsi512_si256(columns));
+  if constexpr (kPieces == 1) {
+    _mm256_storeu_epi16(out, _mm512_castsi512_si256(low));
+  } else {
+    _mm512_storeu_epi16(out, low);
+  }
+  if constexpr (kPieces > 2) {
+    _mm512_storeu_epi16(out + 32, places_of(_mm512_extracti64x4_epi64(columns, 1)));
+  }
+}
+
+OW_INLINE void store_halves(VecF piece, float* out) {
+  // As halves, which cross fewer cache lines.
+  _mm256_storeu_ps(out, _mm512_castps512_ps256(piece.v));
+  _mm256_storeu_ps(out + 8, _mm512_extractf32x8_ps(piece.v, 1));
+}
+
+// Lists of the rows of a panel; value[b] is the next of block b. Every mask copies kPieces times
+// 16, what the fullest needs: the same number of turns, no misprediction. Not inlined, as gcc would
+// keep the loop's pointers on the stack.
+template <int kVecs, int kPieces, class T>
+__attribute__((noinline)) uint32_t list_rows(const uint64_t* masks, const T** value, int64_t blocks,
+                                             int64_t row, uint32_t begin, Lists* lists) {
+  uint64_t at = begin;
+  for (int64_t r = 0; r < kSparsePanel; ++r) {
+    const uint64_t list = at;
+    __m512i first = _mm512_setzero_si512();
+    for (int64_t b = 0; b < blocks; ++b) {
+      uint64_t mask = masks[b * kSparsePanel + r];
+      asm("" : "+r"(mask));  // gcc would count the bits of the mask register, a slow way round
+      write_places<kVecs, kPieces>(mask, first, lists->places + at);
+      const T* from = value[b];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPieces; ++i) {
+        const VecF piece = load_value(from + i * kLanes);
+        if constexpr (kPieces == 1) {
+          store_halves(piece, lists->values + at);
+        } else {
+          store(lists->values + at + i * kLanes, piece);
+        }
+      }
+      const uint64_t count = uint64_t(__builtin_popcountll(mask));
+      value[b] = from + count;
+      at += count;
+      first = _mm512_add_epi16(first, _mm512_set1_epi16(kSparseBlockK));
+    }
+    lists->begin[row + r] = uint32_t(list);
+    lists->count[row + r] = uint16_t(at - list);
+  }
+  return uint32_t(at);
 }
 
 // Appends the lists of one panel at `at`, its rows being `row` and on. Returns where they end.
 template <int kVecs, class T>
 OW_INLINE uint32_t list_panel(const SparseGemmArgs& a, int64_t panel, const Step& step, int64_t row,
                               uint32_t at, Lists* lists) {
-  constexpr int64_t kColumnBytes = kVecs * kLanes * int64_t(sizeof(float));
   const int64_t blocks = step.end - step.begin;
   const int64_t first = panel * a.w.k_blocks + step.begin;
   const uint64_t* masks = a.w.masks + first * kSparsePanel;
@@ -73,30 +123,15 @@ OW_INLINE uint32_t list_panel(const SparseGemmArgs& a, int64_t panel, const Step
   for (int64_t b = 0; b < blocks; ++b) {
     value[b] = static_cast<const T*>(a.values) + a.w.offsets[first + b];
   }
-  // Every row copies what the fullest needs: the same number of turns, no misprediction.
   int64_t most = 0;
   for (int64_t i = 0; i < blocks * kSparsePanel; ++i) {
     const int64_t count = __builtin_popcountll(masks[i]);
     most = count > most ? count : most;
   }
-  for (int64_t r = 0; r < kSparsePanel; ++r) {
-    const uint32_t begin = at;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint64_t mask = masks[b * kSparsePanel + r];
-      write_places(mask, b * kSparseBlockK * kColumnBytes, kColumnBytes, lists->places + at);
-      for (int64_t i = 0; i < most; i += kLanes) {
-        VecF piece = load_value(value[b] + i);
-        asm("" : "+v"(piece.v));  // gcc would make the loop a rep movs, which takes 100 cycles
-        store(lists->values + at + i, piece);
-      }
-      const int64_t count = __builtin_popcountll(mask);
-      value[b] += count;
-      at += uint32_t(count);
-    }
-    lists->begin[row + r] = begin;
-    lists->count[row + r] = uint16_t(at - begin);
-  }
-  return at;
+  if (most <= kLanes) return list_rows<kVecs, 1, T>(masks, value, blocks, row, at, lists);
+  if (most <= 2 * kLanes) return list_rows<kVecs, 2, T>(masks, value, blocks, row, at, lists);
+  if (most <= 3 * kLanes) return list_rows<kVecs, 3, T>(masks, value, blocks, row, at, lists);
+  return list_rows<kVecs, 4, T>(masks, value, blocks, row, at, lists);
 }
 
 OW_INLINE void sort_by_count(int64_t rows, Lists* lists) {
@@ -117,43 +152,37 @@ OW_INLINE void sort_by_count(int64_t rows, Lists* lists) {
 template <int kVecs>
 OW_INLINE void add_list(const float* values, const uint16_t* places, int64_t count, const float* x,
                         float* sums) {
-  constexpr int kChains = 8 / kVecs;
+  constexpr int kChains = 4;
   const char* step = reinterpret_cast<const char*>(x);
   VecF acc[kChains][kVecs];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[c][v] = c == 0 ? load(sums + v * kLanes) : set1(0.0f);
   }
-  const auto add_value = [&](uint64_t place, float value, VecF* into) {
+  const auto add_value = [&](uint64_t place, VecF w, VecF* into) {
     const float* column = reinterpret_cast<const float*>(step + place);
-    const VecF w = set1(value);
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) into[v] = fma(w, load(column + v * kLanes), into[v]);
   };
   int64_t j = 0;
   for (; j + kChains <= count; j += kChains) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kChains; c += 4) {
-      uint64_t four;  // one load for four places
-      memcpy(&four, places + j + c, 8);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        add_value(four >> (16 * i) & 0xffff, values[j + c + i], acc[c + i]);
-      }
-    }
+    uint64_t four;  // one load for four places, and one for four values
+    memcpy(&four, places + j, 8);
+    const __m512 w = _mm512_broadcast_f32x4(_mm_loadu_ps(values + j));
+    add_value(four & 0xffff, {_mm512_permute_ps(w, 0x00)}, acc[0]);
+    add_value(four >> 16 & 0xffff, {_mm512_permute_ps(w, 0x55)}, acc[1]);
+    add_value(four >> 32 & 0xffff, {_mm512_permute_ps(w, 0xaa)}, acc[2]);
+    add_value(four >> 48, {_mm512_permute_ps(w, 0xff)}, acc[3]);
   }
-  for (int c = 0; j < count; ++j, ++c) add_value(places[j], values[j], acc[c % kChains]);
-#pragma GCC unroll 4
-  for (int half = kChains / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int c = 0; c < half; ++c) {
+  const int64_t rest = count - j;
+  if (rest > 0) add_value(places[j], set1(values[j]), acc[0]);
+  if (rest > 1) add_value(places[j + 1], set1(values[j + 1]), acc[1]);
+  if (rest > 2) add_value(places[j + 2], set1(values[j + 2]), acc[2]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[c][v] = add(acc[c][v], acc[c + half][v]);
-    }
+  for (int v = 0; v < kVecs; ++v) {
+    store(sums + v * kLanes, add(add(acc[0][v], acc[1][v]), add(acc[2][v], acc[3][v])));
   }
-#pragma GCC unroll 2
-  for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, acc[0][v]);
 }
 
 // A share of what the rows of a panel store in a step, fetched while another step is multiplied:
