@@ -32,7 +32,7 @@ struct Exchange {
   uint64_t taken;
   unsigned from;
 };
-inline void exchange(void* const* lanes, unsigned mask) {
+OW_UNCHECKED inline void exchange(void* const* lanes, unsigned mask) {
   for (unsigned l = 0; l < 32; ++l) {
     if ((mask >> l & 1) == 0) continue;
     Exchange* to = static_cast<Exchange*>(lanes[l]);
@@ -42,7 +42,7 @@ inline void exchange(void* const* lanes, unsigned mask) {
     to->taken = static_cast<Exchange*>(lanes[to->from])->given;
   }
 }
-inline void vote(void* const* lanes, unsigned mask) {
+OW_UNCHECKED inline void vote(void* const* lanes, unsigned mask) {
   uint64_t votes = 0;
   for (unsigned l = 0; l < 32; ++l) {
     if ((mask >> l & 1) != 0) votes |= static_cast<Exchange*>(lanes[l])->given << l;
