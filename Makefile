@@ -42,7 +42,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' | \
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | \
 	  xargs $(BIN)/clang-format --dry-run -Werror
 
 # The kernels alone: a sanitized library cannot be loaded into an ordinary Python.

@@ -35,6 +35,19 @@ INCLUDE_RULES = (
     # Asks Linux for the tile registers.
     (r"core/isa\.cpp", rf"core/.*|sys/syscall\.h|unistd\.h|{STD}"),
     (r"core/.*", rf"core/.*|{STD}"),
+    # For GPUs. All PTX is in cuda/ptx.h; what is not compiled by nvcc is emulated.
+    (r"cuda/.*", rf"cuda/.*|testing/cuda/.*|cuda_runtime\.h|{C_TYPES}"),
+    (r"kernels/(\w+)/\1\w*\.cu", r"kernels/\1/\1\w*\.h|core/.*|cuda/.*"),
+    (r"kernels/(\w+)/\1_cuda\.h", rf"kernels/\1/\1\.h|cuda/status\.h|{C_TYPES}"),
+    (
+        r"ops/cuda/.*",
+        r"torch/csrc/stable/.*|torch/headeronly/.*|cuda/status\.h|kernels/\w+/\w+_cuda\.h|"
+        rf"core/.*|ops/.*|{STD}",
+    ),
+    (
+        r"testing/cuda/.*",
+        rf"testing/cuda/.*|cuda/(fragments|ptx|status)\.h|core/types\.h|sanitizer/.*|sys/mman\.h|{STD}",
+    ),
     (r"simd/.*", r"core/types\.h|simd/\w+\.h|immintrin\.h"),
     # Files compiled once for each tier, and the headers they share: no C++ library.
     (
@@ -98,7 +111,7 @@ def _rule_for(path: str) -> str | None:
 
 @pytest.mark.parametrize(
     "path",
-    [p.relative_to(CSRC).as_posix() for p in _sources(".cpp", ".h") if CSRC in p.parents],
+    [p.relative_to(CSRC).as_posix() for p in _sources(".cpp", ".h", ".cu") if CSRC in p.parents],
 )
 def test_includes(path: str) -> None:
     allowed = _rule_for(path)
@@ -118,6 +131,9 @@ def test_include_rules_refuse_what_they_should() -> None:
         ("kernels/quantize/quantize_avx2.cpp", "algorithm"),
         ("kernels/quantize/quantize.cpp", "kernels/lowbit_gemm/lowbit_gemm.h"),
         ("ops/library.cpp", "ATen/ATen.h"),
+        ("ops/library.cpp", "cuda/status.h"),
+        ("kernels/quantize/quantize.cu", "torch/csrc/stable/tensor.h"),
+        ("kernels/quantize/quantize.cu", "kernels/lowbit_gemm/lowbit_gemm.h"),
         ("ops/library.cpp", "torch/all.h"),
         ("ops/library.cpp", "kernels/lowbit_gemm/lowbit_gemm_avx512.h"),
         ("host/page_pool.cpp", "pybind11/pybind11.h"),
@@ -130,7 +146,10 @@ def test_include_rules_refuse_what_they_should() -> None:
 
 def test_intrinsics_stay_in_tier_files() -> None:
     intrinsic = re.compile(r"\b_mm(?:256|512)?_\w+|\b__m(?:128|256|512)\w*|__builtin_ia32|\basm\b")
-    for path in _sources(".cpp", ".h"):
+    for path in _sources(".cpp", ".h", ".cu"):
+        # PTX, and the switch of stacks.
+        if path.relative_to(ROOT).as_posix() in ("csrc/cuda/ptx.h", "csrc/testing/cuda/fiber.cpp"):
+            continue
         if path.parent.name == "simd" or re.search(r"_avx\w+$", path.stem):
             continue
         # The hint of a loop that waits; processors that do not know it do nothing.

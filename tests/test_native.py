@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,30 @@ def test_info_describes_this_process() -> None:
     assert info.torch_version == torch.__version__
     assert info.threads == torch.get_num_threads()
     assert info.as_dict()["cpu_isa"] == CPU
+
+
+def test_info_says_whether_cuda_is_loaded() -> None:
+    cuda = openwork.info().cuda
+    assert re.match(r"loaded$|not (built|loaded): .", cuda)
+    library = Path(openwork.__file__).with_name("openwork_cuda.so")
+    assert cuda.startswith("not built") == (not library.is_file())
+
+
+def test_cuda_library_loads_beside_a_cpu_torch() -> None:
+    """Its weak stream symbol may stay undefined, and its runtime needs no driver."""
+    if openwork.info().cuda.startswith("not built"):
+        pytest.skip("the CUDA library is not built")
+    code = """
+import torch, openwork
+assert openwork.info().cuda == "loaded", openwork.info().cuda
+assert torch._C._dispatch_has_kernel_for_dispatch_key("openwork::quantize_rows", "CUDA")
+print(openwork.quantize_rows(torch.tensor([[1.0, -2.0]]))[0].tolist())
+"""
+    environment = {**os.environ, "OPENWORK_LOAD_CUDA": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[[64, -127]]"
 
 
 def test_layout_tags_are_named_and_versioned() -> None:

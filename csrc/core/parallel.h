@@ -25,11 +25,11 @@ struct Parallel {
     }
   }
 };
-
+#ifndef __CUDACC__  // nvcc 13.0 cannot parse the lambda
 inline Parallel serial_parallel() {
   return {1, nullptr, [](void*, int64_t n, Parallel::Task task, const void* context) {
             for (int64_t i = 0; i < n; ++i) task(context, i);
           }};
 }
-
+#endif
 }  // namespace ow

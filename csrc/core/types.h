@@ -5,10 +5,10 @@
 
 #include <stdint.h>
 #include <string.h>
-
+#ifndef OW_INLINE  // cuda/device.h has its own for nvcc
 #define OW_INLINE static inline __attribute__((always_inline))
+#endif
 #define OW_RESTRICT __restrict__
-
 namespace ow {
 
 struct bf16 {

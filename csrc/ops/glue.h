@@ -27,9 +27,23 @@ inline FloatType float_type(const Tensor& tensor) { return float_type(tensor.sca
 // Dimensions of a tensor the operators make.
 constexpr int64_t kMaxDim = 16;
 
-// A contiguous CPU tensor straight from the C shim. torch::stable::new_empty goes through the
+// Where a tensor's memory is.
+struct Place {
+  int32_t device_type;
+  int32_t device_index;
+};
+inline Place cpu_place() { return {aoti_torch_device_type_cpu(), 0}; }
+inline Place place_of(const Tensor& tensor) {
+  Place place{};
+  aoti_torch_get_device_type(tensor.get(), &place.device_type);
+  aoti_torch_get_device_index(tensor.get(), &place.device_index);
+  return place;
+}
+
+// A contiguous tensor straight from the C shim. torch::stable::new_empty goes through the
 // dispatcher and boxes six optionals, which costs half of a small op's time.
-inline Tensor fast_empty(const int64_t* sizes, int64_t dim, ScalarType type) {
+inline Tensor fast_empty(const int64_t* sizes, int64_t dim, ScalarType type,
+                         Place place = cpu_place()) {
   int64_t strides[kMaxDim];
   int64_t step = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
@@ -38,24 +52,25 @@ inline Tensor fast_empty(const int64_t* sizes, int64_t dim, ScalarType type) {
   }
   AtenTensorHandle handle;
   const int32_t dtype = int32_t(type);
-  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0,
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, place.device_type, place.device_index,
                                &handle) != 0) {
     fail("openwork: cannot allocate ", step, " elements of ", dtype_name(type));
   }
   return Tensor(handle);
 }
-inline Tensor fast_empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  return fast_empty(sizes.begin(), int64_t(sizes.size()), type);
+inline Tensor fast_empty(std::initializer_list<int64_t> sizes, ScalarType type,
+                         Place place = cpu_place()) {
+  return fast_empty(sizes.begin(), int64_t(sizes.size()), type, place);
 }
 
-// The shape of `like` with its last dimension replaced.
+// Where `like` is and of its shape, but for the last dimension.
 inline Tensor empty_with_last(const char* op, const Tensor& like, int64_t last, ScalarType type) {
   int64_t sizes[kMaxDim];
   const int64_t dim = like.dim();
   OW_CHECK(dim <= kMaxDim, op, ": x must have at most ", kMaxDim, " dimensions, got ", dim);
   for (int64_t i = 0; i + 1 < dim; ++i) sizes[i] = like.size(i);
   sizes[dim - 1] = last;
-  return fast_empty(sizes, dim, type);
+  return fast_empty(sizes, dim, type, place_of(like));
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

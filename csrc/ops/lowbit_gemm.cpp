@@ -2,51 +2,10 @@
 
 #include <tuple>
 
-#include "kernels/quantize/quantize.h"
-#include "ops/linear.h"
+#include "ops/quantize_rows.h"
 #include "ops/values.h"
 
 namespace ow {
-
-const LayoutInfo* check_layout(const char* op, int64_t layout) {
-  const LayoutInfo* info = layout_info(layout);
-  OW_CHECK(info != nullptr && info->family == LayoutFamily::lowbit, op,
-           ": layout must be one this build reads, got id ", layout,
-           "; re-pack with openwork.pack_lowbit");
-  OW_CHECK(info->bits != 0, op, ": layout must be that of a low-bit weight, got ", info->text);
-  return info;
-}
-
-LowbitWeight check_lowbit_geometry(const char* op, const LayoutInfo* layout, int64_t n, int64_t k,
-                                   int64_t group_size) {
-  check_weight_size(op, n, k);
-  OW_CHECK(group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128 ||
-               group_size == k,
-           op, ": group_size must be 16, 32, 64, 128 or k = ", k, ", got ", group_size);
-  OW_CHECK(group_size <= kMaxGroup, op, ": one group a row takes k up to ", kMaxGroup, ", got ", k,
-           "; use a smaller group_size");
-  return {layout, n, k, round_up(k, kPadK), div_up(n, kPanel), group_size, div_up(k, group_size)};
-}
-
-void check_lowbit_tensors(const char* op, const LowbitWeight& w, const Tensor& packed,
-                          const Tensor& scales, const Tensor* zeros) {
-  check_dtype(op, "packed", packed, ScalarType::Byte);
-  const int64_t blocks = w.k_padded / block_k(w.layout->bits);
-  const int64_t lines = block_bytes(w.layout->bits) / 128;
-  check_shape(op, "packed", packed, {w.panels, blocks, 2, lines, kHalf, 4});
-  check_contiguous(op, "packed", packed);
-  check_float(op, "scales", scales);
-  check_shape(op, "scales", scales, {w.panels, w.groups, kPanel});
-  check_contiguous(op, "scales", scales);
-  if (zeros != nullptr) {
-    check_operand(op, "zeros", *zeros, ScalarType::Byte, {w.panels, w.groups, kPanel});
-  }
-}
-
-void check_compute(const char* op, int64_t compute) {
-  OW_CHECK(compute == kComputeFloat || compute == kComputeInt8, op,
-           ": compute must be 0 (float) or 1 (int8), got ", compute);
-}
 
 LowbitLinear::LowbitLinear(const LowbitWeight& w, const Tensor& packed, const Tensor& scales,
                            const Tensor* zeros, const Tensor* bias, int64_t compute, int64_t rows,
@@ -122,21 +81,15 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
                      const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& add, int64_t layout, int64_t n, int64_t k,
                      int64_t group_size, int64_t compute) {
-  constexpr const char* kOp = "lowbit_linear";
-  check_linear_x(kOp, x_any, k);
-  const LowbitWeight w = check_lowbit_geometry(kOp, check_layout(kOp, layout), n, k, group_size);
-  check_lowbit_tensors(kOp, w, packed, scales, or_null(zeros));
-  check_compute(kOp, compute);
-  Tensor y = linear_result(kOp, x_any, n, or_null(bias), or_null(add));
-  const int64_t m = y.numel() / n;
-  if (m == 0) return y;
-  const Tensor x = as_contiguous(x_any);
-  const LowbitLinear linear(w, packed, scales, or_null(zeros), or_null(bias), compute, m,
-                            float_type(x));
-  const Workspace workspace(linear.scratch_bytes());
-  linear.run(x.const_data_ptr(), const_data(or_null(add)), y.mutable_data_ptr(),
-             workspace.scratch(), torch_parallel());
-  return y;
+  return lowbit_linear_by(x_any, packed, scales, zeros, bias, add, layout, n, k, group_size,
+                          compute,
+                          [&](const LowbitWeight& w, const Tensor& x, int64_t m, Tensor& y) {
+                            const LowbitLinear linear(w, packed, scales, or_null(zeros),
+                                                      or_null(bias), compute, m, float_type(x));
+                            const Workspace workspace(linear.scratch_bytes());
+                            linear.run(x.const_data_ptr(), const_data(or_null(add)),
+                                       y.mutable_data_ptr(), workspace.scratch(), torch_parallel());
+                          });
 }
 
 Tensor lowbit_embedding(const Tensor& ids_any, const Tensor& packed, const Tensor& scales,
@@ -177,30 +130,9 @@ Tensor lowbit_embedding(const Tensor& ids_any, const Tensor& packed, const Tenso
   return y;
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_any) {
-  constexpr const char* kOp = "quantize_rows";
-  check_float(kOp, "x", x_any);
-  OW_CHECK(x_any.dim() >= 1 && x_any.size(-1) >= 1, kOp,
-           ": x must have a last dimension of at least 1, got ", shape_text(x_any));
-  const int64_t k = x_any.size(-1);
-  const int64_t m = x_any.numel() / k;
-  const Tensor x = as_contiguous(x_any);
-  Tensor codes = empty_with_last(kOp, x, k, ScalarType::Char);
-  int64_t sizes[kMaxDim];
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
-  Tensor scales = fast_empty(sizes, x.dim() - 1, ScalarType::Float);
-  if (m == 0) return {codes, scales};
-  EncodeArgs encode{};
-  encode.m = m;
-  encode.k = encode.group_size = encode.stride_x = k;
-  encode.digits = 1;
-  encode.blocks = {1, kUnit, k};
-  encode.x_type = float_type(x);
-  encode.x = x.const_data_ptr();
-  encode.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
-  encode.scales = static_cast<float*>(scales.mutable_data_ptr());
-  encode_rows(encode, active_isa(), torch_parallel());
-  return {codes, scales};
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x) {
+  return quantize_rows_by(
+      x, [](const EncodeArgs& args) { encode_rows(args, active_isa(), torch_parallel()); });
 }
 
 int64_t scale_size(const Tensor& scales) {
@@ -269,14 +201,12 @@ std::tuple<Tensor, Tensor, Tensor> unpack_lowbit_op(const Tensor& packed, const 
 }  // namespace ow
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
-  m.def(
-      "lowbit_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, "
-      "Tensor? add, int layout, int n, int k, int group_size, int compute) -> Tensor");
+  m.def(ow::kLowbitLinearSchema);
   m.def(
       "lowbit_embedding(Tensor ids, Tensor packed, Tensor scales, Tensor? zeros, int layout, int "
       "n, "
       "int k, int group_size, ScalarType dtype) -> Tensor");
-  m.def("quantize_rows(Tensor x) -> (Tensor codes, Tensor scales)");
+  m.def(ow::kQuantizeRowsSchema);
   m.def(
       "pack_lowbit(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size) -> "
       "(Tensor packed, Tensor scales, Tensor zeros)");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from dataclasses import asdict, dataclass
 
@@ -17,6 +18,27 @@ if not _LIBRARY.is_file():
 torch.ops.load_library(str(_LIBRARY))
 
 
+def _load_cuda() -> str:
+    """Load the CUDA operators beside a torch that has CUDA, driver or not.
+
+    Returns:
+        ``loaded``, or why they are not.
+    """
+    library = _LIBRARY.with_name("openwork_cuda.so")
+    if not library.is_file():
+        return "not built: no nvcc when the package was, or OPENWORK_CUDA=OFF"
+    if torch.version.cuda is None and os.environ.get("OPENWORK_LOAD_CUDA") != "1":
+        return "not loaded: torch is a CPU build; OPENWORK_LOAD_CUDA=1 loads them for export"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"not loaded: {error}"
+    return "loaded"
+
+
+_CUDA = _load_cuda()
+
+
 @dataclass(frozen=True)
 class Info:
     """What this process runs on; the return value of :func:`info`.
@@ -27,6 +49,7 @@ class Info:
         cpu_isa: the best tier this CPU has.
         kernels: names of the kernels in use, best first within a family.
         layouts: packed layouts this build reads.
+        cuda: ``loaded`` if the CUDA operators are (experimental), or else why they are not.
         torch_version: the torch the library was loaded into.
         threads: ``torch.get_num_threads()``.
     """
@@ -35,6 +58,7 @@ class Info:
     cpu_isa: str
     kernels: tuple[str, ...]
     layouts: tuple[str, ...]
+    cuda: str
     torch_version: str
     threads: int
 
@@ -83,6 +107,7 @@ def info() -> Info:
         cpu_isa=torch.ops.openwork.cpu_isa(),
         kernels=kernels(),
         layouts=layouts(),
+        cuda=_CUDA,
         torch_version=torch.__version__,
         threads=torch.get_num_threads(),
     )

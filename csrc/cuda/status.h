@@ -1,0 +1,16 @@
+// What a launch returns to the op layer, which turns an error into a message.
+#pragma once
+
+namespace ow {
+
+struct LaunchStatus {
+  const char* kernel;  // the one that was launched last
+  int error;           // a CUDA error code; 0 is success
+};
+
+// Implemented in cuda/runtime.cu, and in testing/cuda/runtime.cpp for the emulation.
+const char* launch_error_text(int error);
+// 10 * major + minor, as in sm_80, or 0 if the device cannot be asked.
+int compute_capability(int device);
+
+}  // namespace ow
