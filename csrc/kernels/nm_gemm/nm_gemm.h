@@ -130,9 +130,9 @@ constexpr int32_t nm_key(Layout layout, bool int8) { return int32_t(layout) * 2 
 constexpr int64_t kNmRowsMaxM = 8;
 
 #define OW_NM_GEMM_KERNELS(X)                                                            \
-  OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kNmRowsMaxM, nm_gemm_rows_avx512))      \
   OW_IF_AVX512BF16(                                                                      \
       X(avx512bf16, nm_key(Layout::nm16_n16k2, false), kAnyM, nm_gemm_pairs_avx512bf16)) \
+  OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kNmRowsMaxM, nm_gemm_rows_avx512))      \
   OW_IF_AVX512(OW_NM_GEMM_EACH_LAYOUT(X, avx512, kAnyM, nm_gemm_panel_avx512))           \
   OW_IF_AVX512(OW_NM_GEMM_EACH_INT(X, avx512, true, kAnyM, nm_gemm_int8_avx512))         \
   OW_IF_AVX2(OW_NM_GEMM_EACH_LAYOUT(X, avx2, kAnyM, nm_gemm_panel_avx2))                 \
