@@ -11,8 +11,10 @@ import torch
 
 import openwork
 
-# Runs when imported; not in every build; not a Python module.
-_SKIPPED = {"openwork.__main__", "openwork._kernels", "openwork.openwork_cpu"}
+# Runs when imported; not in every build; libraries of operators, which are no Python modules.
+_SKIPPED = {"openwork.__main__", "openwork._kernels"} | {
+    f"openwork.openwork_{library}" for library in ("cpu", "cuda", "emulated")
+}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(openwork.__path__, "openwork.")
