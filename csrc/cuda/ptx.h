@@ -35,6 +35,13 @@ OW_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
+// a * b + c
+OW_DEVICE uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 // The low half of the result is of `low`. To nearest even.
 OW_DEVICE uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   uint32_t result;

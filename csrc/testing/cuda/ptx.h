@@ -9,6 +9,7 @@ namespace ow::ptx {
 int cvt_rni_s32_f32(float value);
 uint32_t prmt_b32(uint32_t a, uint32_t b, uint32_t selector);
 uint32_t sub_f16x2(uint32_t a, uint32_t b);
+uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c);
 uint32_t cvt_rn_bf16x2_f32(float high, float low);
 
 void cp_async_cg_16(void* shared, const void* global, int bytes, OW_HERE);
