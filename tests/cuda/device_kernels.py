@@ -55,7 +55,7 @@ KERNELS = (
 # Those of tests/cuda/check_kernels.h.
 CHECK_KERNELS = (
     DeviceKernel("gemm<*>", 128, 72, shared=30720, dynamic=30720, tensor=frozenset({"HMMA"})),
-    DeviceKernel("gemm_u8_s8", 32, 40, tensor=frozenset({"IMMA"})),
+    DeviceKernel("gemm_s8", 32, 40, tensor=frozenset({"IMMA"})),
     DeviceKernel("gemm_sparse<*>", 32, 48, tensor=frozenset({"HMMA.SP"})),
     DeviceKernel("sum_rows", 128, 40, shared=128),
     DeviceKernel("count_odd", 128, 16, shared=512),
