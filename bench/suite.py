@@ -20,6 +20,7 @@ from rich.console import Console
 from bench import roofline
 from bench.attention_problem import BlockAttentionProblem
 from bench.competitors import COMPETITORS
+from bench.hadamard_problem import HadamardProblem
 from bench.index_cases import CASES as INDEX_CASES
 from bench.index_cases import ESTIMATORS, IndexProblem
 from bench.machine import Peaks, ReadStream
@@ -123,7 +124,14 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     return Contender(run, groups, calls)
 
 
-AnyProblem = Problem | AttentionProblem | BlockAttentionProblem | ProductProblem | IndexProblem
+AnyProblem = (
+    Problem
+    | AttentionProblem
+    | BlockAttentionProblem
+    | ProductProblem
+    | IndexProblem
+    | HadamardProblem
+)
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
     "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
@@ -139,6 +147,7 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
         BlockAttentionProblem,
         ("keys", "h", "kv_heads", "d", "dtype", "density"),
     ),
+    "hadamard": (HadamardProblem, ("m", "d", "block", "dtype")),
 }
 
 

@@ -18,6 +18,7 @@ from bench import end_to_end, index_cases, machine, plot, report, roofline, suit
 from bench.attention_problem import BlockAttentionProblem
 from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
+from bench.hadamard_problem import HadamardProblem
 from bench.machine import Peaks
 from bench.problem import (
     AttentionProblem,
@@ -255,9 +256,17 @@ def test_every_competitor_multiplies_all_columns(competitor: Competitor, kind: s
     check_variants(competitor, problem)
 
 
-def check_variants(
-    competitor: Competitor, problem: SparseProblem | ColumnProblem | BlockAttentionProblem
-) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("competitor", COMPETITORS["hadamard"], ids=lambda c: c.name)
+def test_every_competitor_transforms(competitor: Competitor, dtype: str) -> None:
+    problem = HadamardProblem(m=3, d=96, block=32, dtype=dtype, threads=1, cold_bytes=2000, batch=2)
+    check_variants(competitor, problem)
+
+
+AnyProblem = SparseProblem | ColumnProblem | BlockAttentionProblem | HadamardProblem
+
+
+def check_variants(competitor: Competitor, problem: AnyProblem) -> None:
     for variant in competitor.variants(problem):
         prepared = variant.prepare()
         for group in range(prepared.groups):

@@ -10,6 +10,7 @@ from bench.competitors import (
     torch_attention,
     torch_csr,
     torch_dense,
+    torch_hadamard,
     torch_int4,
     torch_int8_dynamic,
     torch_sdpa,
@@ -33,6 +34,7 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
     "block_attention": (torch_attention.SDPA, torch_attention.FLEX),
     "sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
     "block_sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
+    "hadamard": (torch_hadamard.MATMUL, torch_hadamard.BUTTERFLY),
     **dict.fromkeys(ESTIMATORS, (STEERED,)),
     "active_linear": (openwork_dense.DENSE, torch_dense.FP32, torch_dense.BF16),
 }

@@ -43,7 +43,7 @@ function(openwork_add_cuda_library)
                                    ${PROJECT_SOURCE_DIR}/csrc/cuda/runtime.cu)
   target_include_directories(openwork_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
   target_compile_options(openwork_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fvisibility=hidden -Xptxas=-v>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fvisibility=hidden>)
   # The C++ compiler links: nvcc moves --no-as-needed and loses libtorch.so, which every torch has
   # and which brings libtorch_cuda.so where there is one. The weak stream symbol needs no -z,defs.
   set_target_properties(openwork_cuda PROPERTIES PREFIX "" SUFFIX ".so" SKIP_BUILD_RPATH ON

@@ -85,15 +85,15 @@ void check_gemm(const char* name, int m, int n, int k) {
   report(name, wrong);
 }
 
-void check_gemm_u8_s8() {
+void check_gemm_s8() {
   const int n = 32, m = 24, k = 96;
-  Array<uint8_t> w(n * k);
+  Array<int8_t> w(n * k);
   Array<int8_t> x(m * k);
   Array<int> y(n * m);
-  for (int i = 0; i < n * k; ++i) w[i] = uint8_t(random_bits());
+  for (int i = 0; i < n * k; ++i) w[i] = int8_t(random_bits());
   for (int i = 0; i < m * k; ++i) x[i] = int8_t(random_bits());
-  require(launch("gemm_u8_s8", gemm_u8_s8, dim3(m / 8, n / 16), kWarp, 0, nullptr, w.send(),
-                 x.send(), y.send(), m, k));
+  require(launch("gemm_s8", gemm_s8, dim3(m / 8, n / 16), kWarp, 0, nullptr, w.send(), x.send(),
+                 y.send(), m, k));
   y.receive();
   int wrong = 0;
   for (int i = 0; i < n * m; ++i) {
@@ -101,7 +101,7 @@ void check_gemm_u8_s8() {
     for (int l = 0; l < k; ++l) sum += w[i / m * k + l] * x[i % m * k + l];
     wrong += y[i] != sum;
   }
-  report("mma.m16n8k32 u8 s8", wrong);
+  report("mma.m16n8k32 s8", wrong);
 }
 
 template <class T, int kSelector>
@@ -193,6 +193,7 @@ void check_registers() {
       wrong[4] += to_float(bf16{uint16_t(out[kRegisterCases * i + 4] >> 16 * h)}) != float(fma);
       wrong[2] += uint16_t(out[kRegisterCases * i + 2] >> 16 * h) != rounded.bits;
     }
+    wrong[5] += out[kRegisterCases * i + 5] != float_to_bits(to_float(f16{uint16_t(a[i])}));
     // Quarters to the nearest integer, halves to the even one.
     const int floor = int(__builtin_floorf(f[i]));
     const float over = f[i] - float(floor);
@@ -204,6 +205,7 @@ void check_registers() {
   report("cvt.rn.bf16x2.f32", wrong[2]);
   report("cvt.rni.s32.f32", wrong[3]);
   report("fma.rn.bf16x2", wrong[4]);
+  report("cvt.f32.f16", wrong[5]);
 }
 
 int run() {
@@ -214,7 +216,7 @@ int run() {
   check_gemm_sparse<bf16, 1>("mma.sp.m16n8k32 bf16, selector 1");
   check_gemm<f16>("mma.m16n8k16 f16, ldmatrix, cp.async", 128, 192, 128);
   check_gemm<bf16>("mma.m16n8k16 bf16, ragged", 70, 90, 72);
-  check_gemm_u8_s8();
+  check_gemm_s8();
   check_sum_rows();
   check_count_odd();
   check_registers();

@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kGemmThreads)
   }
 }
 
-// y[n,m] = sum_k w[n,k] x[m,k] for codes w and int8 x; n % 16, m % 8 and k % 32 are 0.
-static __global__ void gemm_u8_s8(const uint8_t* w, const int8_t* x, int* y, int m, int k) {
+// y[n,m] = sum_k w[n,k] x[m,k] for int8 w and x; n % 16, m % 8 and k % 32 are 0.
+static __global__ void gemm_s8(const int8_t* w, const int8_t* x, int* y, int m, int k) {
   const int lane = int(threadIdx.x);
   const int n0 = int(blockIdx.y) * 16;
   const int m0 = int(blockIdx.x) * 8;
@@ -121,7 +121,7 @@ static __global__ void gemm_u8_s8(const uint8_t* w, const int8_t* x, int* y, int
     for (int i = 0; i < 2; ++i) {
       memcpy(&b[i], x + (m0 + lane / 4) * k + k0 + lane % 4 * 4 + i * 16, 4);
     }
-    ptx::mma_m16n8k32_u8_s8(d, a, b[0], b[1]);
+    ptx::mma_m16n8k32_s8(d, a, b[0], b[1]);
   }
   for (int e = 0; e < 4; ++e) {
     y[(n0 + lane / 4 + e / 2 * 8) * m + m0 + lane % 4 * 2 + e % 2] = d[e];
@@ -195,7 +195,7 @@ OW_DEVICE uint32_t bf16_pair(int low, int high) {
 }
 
 // The instructions on registers: out[kRegisterCases i ..] from a[i], b[i] and f[i].
-constexpr int kRegisterCases = 5;
+constexpr int kRegisterCases = 6;
 static __global__ void registers(const uint32_t* a, const uint32_t* b, const float* f,
                                  uint32_t* out, int n) {
   for (int i = int(threadIdx.x); i < n; i += kWarp) {
@@ -203,6 +203,7 @@ static __global__ void registers(const uint32_t* a, const uint32_t* b, const flo
     out[kRegisterCases * i + 1] = ptx::sub_f16x2(a[i], b[i]);
     out[kRegisterCases * i + 2] = ptx::cvt_rn_bf16x2_f32(f[i], -f[i]);
     out[kRegisterCases * i + 3] = uint32_t(ptx::cvt_rni_s32_f32(f[i]));
+    out[kRegisterCases * i + 5] = float_to_bits(ptx::cvt_f32_f16(uint16_t(a[i])));
     // Of small integers: three times one less the other.
     out[kRegisterCases * i + 4] =
         ptx::fma_rn_bf16x2(bf16_pair(a[i] & 15, a[i] >> 4 & 15), bf16_pair(3, 3),

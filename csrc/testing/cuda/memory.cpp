@@ -20,6 +20,8 @@ uint32_t prmt_b32(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+float cvt_f32_f16(uint16_t value) { return to_float(f16{value}); }
+
 uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t result = 0;
   for (int i = 0; i < 2; ++i) {

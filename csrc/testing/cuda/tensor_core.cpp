@@ -70,13 +70,13 @@ OW_UNCHECKED void finish_m16n8k16(void* const* lanes, unsigned) {
   tiles.multiply(lanes);
 }
 
-OW_UNCHECKED void finish_m16n8k32_u8_s8(void* const* lanes, unsigned) {
+OW_UNCHECKED void finish_m16n8k32_s8(void* const* lanes, unsigned) {
   Tiles<int, 32> tiles;
   for (int lane = 0; lane < kLanes; ++lane) {
     const Operands& x = of_lane(lanes, lane);
     for (int i = 0; i < 16; ++i) {
       const fragments::Element e = fragments::a_m16n8k32(lane, i);
-      tiles.a[e.row][e.column] = uint8_t(x.a[i / 4] >> (i % 4 * 8));
+      tiles.a[e.row][e.column] = int8_t(x.a[i / 4] >> (i % 4 * 8));
     }
     for (int i = 0; i < 8; ++i) {
       const fragments::Element e = fragments::b_m16n8k32(lane, i);
@@ -144,9 +144,9 @@ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
                        const emulation::Where& where) {
   dense("mma.m16n8k16.bf16", d, a, b0, b1, finish_m16n8k16<true>, where);
 }
-void mma_m16n8k32_u8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                        const emulation::Where& where) {
-  dense("mma.m16n8k32.u8.s8", d, a, b0, b1, finish_m16n8k32_u8_s8, where);
+void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     const emulation::Where& where) {
+  dense("mma.m16n8k32.s8", d, a, b0, b1, finish_m16n8k32_s8, where);
 }
 
 void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
