@@ -1,4 +1,4 @@
-"""The emulation, compiled once a flavour."""
+"""The emulation, compiled once a flavour; and the devices that operators are tested on."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def flavour(request: pytest.FixtureRequest) -> str:
 def emulation(flavour: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The emulation's objects in that flavour."""
     return sorted(_objects(flavour, tmp_path_factory).glob("*.o"))
+
+
+@pytest.fixture(params=("emulated", "cuda"))
+def device(request: pytest.FixtureRequest) -> str:
+    """For :func:`.devices.overload_on`."""
+    return str(request.param)

@@ -14,8 +14,8 @@ import pytest
 
 from .emulated_programs import CSRC, compile_emulated, run_emulated
 
-# Families with CUDA kernels, and the sources that their checks are made of. That of nm_gemm includes
-# the kernels: all that nm_gemm.cu makes of them take too long to compile.
+# Families with CUDA kernels, and the sources that their checks are made of. That of nm_gemm
+# includes the kernels: all that nm_gemm.cu makes of them take too long to compile.
 FAMILIES = {
     "quantize": ("quantize_scalar.cpp", "quantize.cu"),
     "hadamard": ("hadamard_scalar.cpp", "hadamard.cu"),
