@@ -21,7 +21,7 @@ Transform = Callable[[Tensor], Tensor]
 
 def _matrix(block: int, like: Tensor) -> Transform:
     matrix = hadamard_matrix(block).to(like)
-    return lambda x: torch.mm(x.view(-1, block), matrix)
+    return lambda x: x.view(-1, block) @ matrix
 
 
 def _two_matrices(block: int, like: Tensor) -> Transform:
@@ -29,7 +29,7 @@ def _two_matrices(block: int, like: Tensor) -> Transform:
     left, right = hadamard_matrix(block // inner).to(like), hadamard_matrix(inner).to(like)
 
     def transform(x: Tensor) -> Tensor:
-        return torch.matmul(left, x.view(-1, block // inner, inner) @ right)
+        return left @ (x.view(-1, block // inner, inner) @ right)
 
     return transform
 

@@ -355,11 +355,10 @@ def _linear_workloads() -> Iterator[Workload]:
 
 
 def _gpu_workloads() -> Iterator[Workload]:
+    fixed = {"n": 4096, "k": 4096, "pattern": "2:4", "vector": 1, "device": "cuda"}
     for dtype in ("bfloat16", "int4"):
         for m in (1, 16, 256, 2048):
-            sizes = {"m": m, "n": 4096, "k": 4096}
-            kinds = {"pattern": "2:4", "vector": 1, "dtype": dtype, "device": "cuda"}
-            yield _workload({**sizes, **kinds})
+            yield _workload({"m": m, **fixed, "dtype": dtype})
 
 
 def _linear_cost(params: Mapping[str, Any]) -> Cost:
@@ -369,11 +368,10 @@ def _linear_cost(params: Mapping[str, Any]) -> Cost:
     index = stored * (block.bit_length() - 1) // params["vector"]
     # Scales of 16 bits for 128 columns.
     scales = n * k // 128 * 16 if dtype in INTS else 0
-    on_gpu = params.get("device") == "cuda"
-    size = 2 if dtype == "bfloat16" or on_gpu else 4
+    halves = dtype == "bfloat16" or params.get("device") == "cuda"
+    size = 2 if halves else 4
     moved = (stored * BITS[dtype] + index + scales) // 8 + m * (n + k) * size
-    unit: Unit = "int8" if dtype in INTS else "bf16" if dtype == "bfloat16" else "fp32"
-    unit = "bf16" if on_gpu else unit
+    unit: Unit = "bf16" if halves else "int8" if dtype in INTS else "fp32"
     return Cost(moved, 2 * m * stored, unit)
 
 
