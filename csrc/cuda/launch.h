@@ -44,8 +44,8 @@ inline LaunchStatus fill_bytes(void* device, int value, int64_t bytes, void* str
 // of one of them.
 inline LaunchStatus read_back(void* host, const void* device, int64_t bytes, void* stream) {
 #if defined(__CUDACC__)
-  cudaError_t error = cudaMemcpyAsync(host, device, size_t(bytes), cudaMemcpyDeviceToHost,
-                                      cudaStream_t(stream));
+  cudaError_t error =
+      cudaMemcpyAsync(host, device, size_t(bytes), cudaMemcpyDeviceToHost, cudaStream_t(stream));
   if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStream_t(stream));
   return {"memcpy", int(error)};
 #else
