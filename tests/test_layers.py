@@ -36,7 +36,7 @@ INCLUDE_RULES = (
     (r"core/isa\.cpp", rf"core/.*|sys/syscall\.h|unistd\.h|{STD}"),
     (r"core/.*", rf"core/.*|{STD}"),
     # For GPUs. All PTX is in cuda/ptx.h; what is not compiled by nvcc is emulated.
-    (r"cuda/.*", rf"cuda/.*|testing/cuda/.*|cuda_runtime\.h|{C_TYPES}"),
+    (r"cuda/.*", rf"core/types\.h|cuda/.*|testing/cuda/.*|cuda_runtime\.h|{C_TYPES}"),
     (r"kernels/(\w+)/\1_cuda\.h", rf"kernels/\1/\1\.h|cuda/status\.h|{C_TYPES}"),
     (r"kernels/(\w+)/\1\w*(?:\.cu|_cuda\.h)", r"kernels/\1/\1\w*\.h|core/.*|cuda/.*"),
     (

@@ -55,6 +55,12 @@ OW_DEVICE uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   return result;
 }
 
+OW_DEVICE uint32_t cvt_rn_f16x2_f32(float high, float low) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
 // Copies from global to shared memory -------------------------------------------------------------
 
 OW_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

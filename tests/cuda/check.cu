@@ -192,6 +192,9 @@ void check_registers() {
       const int fma = 3 * int(a[i] >> shift & 15) - int(b[i] >> shift & 15);
       wrong[4] += to_float(bf16{uint16_t(out[kRegisterCases * i + 4] >> 16 * h)}) != float(fma);
       wrong[2] += uint16_t(out[kRegisterCases * i + 2] >> 16 * h) != rounded.bits;
+      f16 half;
+      from_float(h == 0 ? -f[i] : f[i], &half);
+      wrong[6] += uint16_t(out[kRegisterCases * i + 6] >> 16 * h) != half.bits;
     }
     wrong[5] += out[kRegisterCases * i + 5] != float_to_bits(to_float(f16{uint16_t(a[i])}));
     // Quarters to the nearest integer, halves to the even one.
@@ -206,6 +209,7 @@ void check_registers() {
   report("cvt.rni.s32.f32", wrong[3]);
   report("fma.rn.bf16x2", wrong[4]);
   report("cvt.f32.f16", wrong[5]);
+  report("cvt.rn.f16x2.f32", wrong[6]);
 }
 
 int run() {

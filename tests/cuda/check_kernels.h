@@ -195,7 +195,7 @@ OW_DEVICE uint32_t bf16_pair(int low, int high) {
 }
 
 // The instructions on registers: out[kRegisterCases i ..] from a[i], b[i] and f[i].
-constexpr int kRegisterCases = 6;
+constexpr int kRegisterCases = 7;
 static __global__ void registers(const uint32_t* a, const uint32_t* b, const float* f,
                                  uint32_t* out, int n) {
   for (int i = int(threadIdx.x); i < n; i += kWarp) {
@@ -204,6 +204,7 @@ static __global__ void registers(const uint32_t* a, const uint32_t* b, const flo
     out[kRegisterCases * i + 2] = ptx::cvt_rn_bf16x2_f32(f[i], -f[i]);
     out[kRegisterCases * i + 3] = uint32_t(ptx::cvt_rni_s32_f32(f[i]));
     out[kRegisterCases * i + 5] = float_to_bits(ptx::cvt_f32_f16(uint16_t(a[i])));
+    out[kRegisterCases * i + 6] = ptx::cvt_rn_f16x2_f32(f[i], -f[i]);
     // Of small integers: three times one less the other.
     out[kRegisterCases * i + 4] =
         ptx::fma_rn_bf16x2(bf16_pair(a[i] & 15, a[i] >> 4 & 15), bf16_pair(3, 3),

@@ -50,6 +50,15 @@ class DeviceKernel:
 KERNELS = (
     DeviceKernel("encode_rows_int8<*>", 256, 64, shared=32),
     DeviceKernel("encode_rows_fixed<*>", 256, 64),
+    DeviceKernel("hadamard_in_warps<*>", 256, 40),
+    # Blocks of 512, 1024, ..., 32768 elements.
+    DeviceKernel("hadamard_in_blocks<*, 1, 2>", 64, 32, shared=2 << 10, dynamic=2 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 1, 4>", 128, 32, shared=4 << 10, dynamic=4 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 2, 4>", 128, 40, shared=8 << 10, dynamic=8 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 2, 8>", 256, 40, shared=16 << 10, dynamic=16 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 4, 8>", 256, 48, shared=32 << 10, dynamic=32 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 4, 16>", 512, 64, shared=64 << 10, dynamic=64 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 8, 16>", 512, 128, shared=64 << 10, dynamic=64 << 10),
 )
 
 # Those of tests/cuda/check_kernels.h.
@@ -116,10 +125,13 @@ class Floor:
         """The least time, and what takes it."""
         memory = self.bytes / gpu.rates["read"]
         arithmetic = self.operations / gpu.rates[self.unit] / (2 if self.sparse else 1)
-        return max((memory, "memory"), (arithmetic, "tensor cores"))
+        return max((memory, "memory"), (arithmetic, self.unit))
 
 
-FLOORS = (Floor("`quantize_rows`, 4096 x 4096 bf16", 4096 * 4096 * 3 + 4096 * 4, 0),)
+FLOORS = (
+    Floor("`quantize_rows`, 4096 x 4096 bf16", 4096 * 4096 * 3 + 4096 * 4, 0),
+    Floor("`hadamard`, 4096 x 4096 bf16", 2 * 4096 * 4096 * 2, 12 * 4096 * 4096, "fp32"),
+)
 
 
 def row_of(name: str) -> DeviceKernel | None:
@@ -134,7 +146,8 @@ def occupancy_table() -> Iterator[str]:
     yield "|---|---|---|---|" + "---|" * len(GPUS)
     for kernel in KERNELS:
         cells = "".join(
-            f" {gpu.blocks_of(kernel)} blocks, {gpu.occupancy(kernel):.0%} |" for gpu in GPUS
+            f" {gpu.blocks_of(kernel)} x {kernel.threads}, {gpu.occupancy(kernel):.0%} |"
+            for gpu in GPUS
         )
         limits = f"{kernel.threads} | {kernel.registers} | {kernel.shared}"
         yield f"| `{kernel.name}` | {limits} |{cells}"

@@ -17,12 +17,16 @@ from torch.utils._pytree import tree_map_only
 
 import openwork
 from openwork.testing import CASES, OpCase, Reject
-from openwork.testing.case import Sample
+from openwork.testing.case import EPS, Sample
 
 # Operators with a CUDA implementation.
-NAMES = ("quantize_rows",)
+NAMES = ("quantize_rows", "hadamard")
 COVERED = [case for case in CASES if case.name in NAMES]
 EMULATED = Path(openwork.__file__).with_name("openwork_emulated.so")
+
+
+def _case(name: str) -> OpCase:
+    return next(case for case in COVERED if case.name == name)
 
 
 def _overload(case: OpCase, device: str) -> Callable[..., Any]:
@@ -82,9 +86,16 @@ def test_bad_input_is_refused_in_the_same_words(case: OpCase, reject: Reject, de
 
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 255, 256, 257, 4096])
 def test_quantize_rows_equals_the_cpu_bit_for_bit(k: int, device: str) -> None:
-    case = next(c for c in COVERED if c.name == "quantize_rows")
-    overload = _overload(case, device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    overload = _overload(_case("quantize_rows"), device)
+    for dtype in EPS:
         x = (torch.randn(3, k) * torch.logspace(-6, 4, 3)[:, None]).to(dtype)
         for got, want in zip(overload(x), openwork.quantize_rows(x), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("block", [2**i for i in range(16)])
+def test_hadamard_equals_the_cpu_bit_for_bit(block: int, device: str) -> None:
+    overload = _overload(_case("hadamard"), device)
+    for dtype in EPS:
+        x = torch.randn(2, 3 * max(block, 4)).to(dtype)
+        assert torch.equal(overload(x, block), openwork.ops.hadamard(x, block))

@@ -53,6 +53,13 @@ uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   return uint32_t(halves[1].bits) << 16 | halves[0].bits;
 }
 
+uint32_t cvt_rn_f16x2_f32(float high, float low) {
+  f16 halves[2];
+  from_float(low, &halves[0]);
+  from_float(high, &halves[1]);
+  return uint32_t(halves[1].bits) << 16 | halves[0].bits;
+}
+
 namespace {
 
 // Byte by byte and checked by TSan: the copy is an access of the thread that asked for it.

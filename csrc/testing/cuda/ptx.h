@@ -12,6 +12,7 @@ float cvt_f32_f16(uint16_t value);
 uint32_t sub_f16x2(uint32_t a, uint32_t b);
 uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c);
 uint32_t cvt_rn_bf16x2_f32(float high, float low);
+uint32_t cvt_rn_f16x2_f32(float high, float low);
 
 void cp_async_cg_16(void* shared, const void* global, int bytes, OW_HERE);
 void cp_async_commit_group();
