@@ -26,5 +26,7 @@ def flavour(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def emulation(flavour: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The emulation's objects in that flavour."""
-    return sorted(_objects(flavour, tmp_path_factory).glob("*.o"))
+    """The emulation's objects in that flavour, in a folder of their own."""
+    folder = _objects(flavour, tmp_path_factory)
+    sources = sorted((CSRC / "testing" / "cuda").glob("*.cpp"))
+    return [folder / f"{source.stem}.o" for source in sources]

@@ -17,6 +17,8 @@ from .emulated_programs import CSRC, ROOT, compile_emulated, run_emulated
 FAMILIES = {
     "quantize": ("kernels/quantize/quantize_scalar.cpp",),
     "hadamard": ("kernels/hadamard/hadamard_scalar.cpp",),
+    # Its check has exact data and the formula.
+    "lowbit_gemm": (),
 }
 
 
@@ -46,25 +48,73 @@ DEFECTS = (
     Defect("hadamard", "no last stage of lanes", "hadamard.cu", "lanes < kWarp;", "lanes < 16;"),
     Defect("hadamard", "a wrong half", "hadamard.cu", "late ? 4 : 0", "late ? 0 : 4"),
     Defect("hadamard", "shared memory too small", "hadamard.cu", "kWarps * kTurn", "kTurn"),
+    Defect(
+        "lowbit_gemm", "no barrier in the pipeline", "lowbit_gemm_tile.cu",
+        "is read by none.\n    __syncthreads();\n", "is read by none.\n", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "a wait too short by one group", "lowbit_gemm_tile.cu",
+        "kStages - 2>();", "kStages - 1>();", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "a stage overwritten while it is read", "lowbit_gemm_tile.cu",
+        "copy<kDigits>((stage + kStages - 1) % kStages,", "copy<kDigits>(stage,", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "sums overwrite the last stage", "lowbit_gemm_tile.cu",
+        "  __syncthreads();\n  sum.template", "  sum.template", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "a wrong register of x", "lowbit_gemm_tile.cu",
+        "words[0] = eight.x;", "words[0] = eight.y;",
+    ),
+    Defect(
+        "lowbit_gemm", "no zeros for lanes of the other group", "lowbit_gemm_tile.cu",
+        "if (threadIdx.x == 0)", "if (false)",
+    ),
+    Defect(
+        "lowbit_gemm", "a thread's wait too short by one group", "lowbit_gemm_rows.cu",
+        "kCount - 2>();", "kCount - 1>();",
+    ),
+    Defect(
+        "lowbit_gemm", "no barrier before warps are summed", "lowbit_gemm_rows.cu",
+        "    __syncthreads();\n    write_tile", "    write_tile", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "the next segment overtakes the sum", "lowbit_gemm_rows.cu",
+        "    __syncthreads();\n    unit += count;", "    unit += count;", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "shared memory too small", "lowbit_gemm_rows.cu",
+        "+ kWarps * kShareSize", "+ kShareSize",
+    ),
+    Defect("lowbit_gemm", "a part left out", "lowbit_gemm.cu", "block <= last;", "block < last;"),
 )  # fmt: skip
+
+
+def _object(flavour: str, source: Path, out: Path) -> Path:
+    """Of a source; made once in a folder."""
+    built = out / f"{source.stem}.o"
+    if not built.is_file():
+        compile_emulated(flavour, [source], built, "-DOW_TARGET=scalar", "-x", "c++", "-c")
+    return built
 
 
 def _program(
     flavour: str, family: str, emulation: list[Path], out: Path, defect: Defect | None = None
 ) -> Path:
-    objects = []
     check = ROOT / "tests" / "cuda" / f"check_{family}.cpp"
     kernels = sorted((CSRC / "kernels" / family).glob("*.cu"))
+    objects = []
     for source in [check, *(CSRC / name for name in FAMILIES[family]), *kernels]:
-        built = source
-        if defect is not None and source.name == defect.source:
-            text = source.read_text()
-            assert text.count(defect.old) >= 1, f"{defect.source} has no {defect.old!r}"
-            built = out / source.name
-            built.write_text(text.replace(defect.old, defect.new, 1))
-        objects.append(out / f"{source.stem}.o")
-        flags = ["-DOW_TARGET=scalar", "-x", "c++", "-c"]
-        compile_emulated(flavour, [built], objects[-1], *flags)
+        if defect is None or source.name != defect.source:
+            objects.append(_object(flavour, source, emulation[0].parent))
+            continue
+        text = source.read_text()
+        assert text.count(defect.old) >= 1, f"{defect.source} has no {defect.old!r}"
+        planted = out / source.name
+        planted.write_text(text.replace(defect.old, defect.new, 1))
+        objects.append(_object(flavour, planted, out))
     program = out / family
     compile_emulated(flavour, [*objects, *emulation], program)
     return program
