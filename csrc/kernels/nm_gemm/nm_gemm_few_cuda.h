@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kNmFewThreads) nm_few(NmGemmArgs a, NmRows x, 
       }
       if (Stream::kScaled && (column + kNmStep) % span == 0) {
         float scales[2];
-        load_scales(a, panel, a.groups > 1 ? column / a.group_size : 0, lane, scales);
+        load_scales(a, panel, column, lane, scales);
         for (int eight = 0; eight < kNmFewRows / 8; ++eight) fold(d[eight], total[eight], scales);
       }
     }

@@ -171,12 +171,12 @@ __global__ void __launch_bounds__(kNmManyThreads, 1) nm_many(NmGemmArgs a, NmRow
     stage_rows<kXPieces, Shape::kTokens>(x, a.m, token0, tile * kNmTile, to);
     weights.stage(a, tile, to + Shape::kRowsBytes);
   };
-  const auto fold_all = [&](int64_t g) {
+  const auto fold_all = [&](int column) {
     OW_UNROLL
     for (int i = 0; i < kNmWarpPanels; ++i) {
       if ((panel + i) * kNmPanel >= a.n) continue;
       float scales[2];
-      load_scales(a, panel + i, g, lane, scales);
+      load_scales(a, panel + i, column, lane, scales);
       OW_UNROLL
       for (int eight = 0; eight < kEights; ++eight) fold(d[i][eight], total[i][eight], scales);
     }
@@ -222,12 +222,12 @@ __global__ void __launch_bounds__(kNmManyThreads, 1) nm_many(NmGemmArgs a, NmRow
       }
       const int end = tile * kNmTile + (step + 1) * kNmStep;
       if (Tiles::kScaled && end % span == 0) {
-        fold_all(a.groups > 1 ? (end - 1) / a.group_size : 0);
+        fold_all(end - 1);
       }
     }
   }
   if (idle) return;
-  if (Tiles::kScaled && tiles * kNmTile % span != 0) fold_all(a.groups - 1);
+  if (Tiles::kScaled && tiles * kNmTile % span != 0) fold_all(int(a.k) - 1);
   OW_UNROLL
   for (int i = 0; i < kNmWarpPanels; ++i) {
     OW_UNROLL

@@ -214,12 +214,11 @@ OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int c
   const int first_block = column / a.block;
   const int blocks = int(min_of(kNmTile / a.block, div_up(a.k, a.block) - first_block));
   const int count = outputs * blocks * a.kept;
-  const int64_t last_panel = div_up(a.n, kNmPanel) - 1;
   for (int i = thread; i < count; i += threads) {
     const int output = i % outputs;
     const int slot_of_tile = i / outputs;
     const int64_t of_panel = panel + output / int(kNmPanel);
-    if (of_panel > last_panel) continue;
+    if (panel * kNmPanel + output >= a.n) continue;
     const int lane = output % int(kNmPanel);
     const int slot = first_block * a.kept + slot_of_tile;
     const int unit = slot / int(kNmUnit);
@@ -234,9 +233,11 @@ OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int c
 
 // --- Sums and results ----------------------------------------------------------------------------
 
-// Of the panel's outputs row and row + 8 of a lane's sums, in group g; 1 for values without scales.
-OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int64_t g, int lane,
+// Of the panel's outputs row and row + 8 of a lane's sums, in the group of `column`; 1 for values
+// without scales. Columns past k, which add nothing, count to the last group.
+OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int column, int lane,
                            float (&scales)[2]) {
+  const int64_t g = min_of(column / int(a.group_size), a.groups - 1);
   OW_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t at = (panel * a.groups + g) * kNmPanel + fragments::d_m16n8(lane, 2 * half).row;
