@@ -1,4 +1,4 @@
-"""The emulation, compiled once a flavour."""
+"""Devices of operators, and the emulation, compiled once a flavour."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 from .emulated_programs import CSRC, compile_emulated
+
+
+@pytest.fixture(params=("emulated", "cuda"))
+def device(request: pytest.FixtureRequest) -> str:
+    """Of an operator: for ``devices.overload``."""
+    return str(request.param)
 
 
 def _objects(flavour: str, factory: pytest.TempPathFactory) -> Path:
