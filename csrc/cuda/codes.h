@@ -8,7 +8,7 @@
 namespace ow {
 
 // For the functions below: bytes i and j of a register.
-constexpr uint32_t byte_pair(uint32_t i, uint32_t j) { return 0x4040 | i | j << 8; }
+OW_DEVICE uint32_t byte_pair(uint32_t i, uint32_t j) { return 0x4040 | i | j << 8; }
 
 template <class T>
 struct CodePairs;

@@ -1,4 +1,4 @@
-"""The emulation, compiled once a flavour."""
+"""Devices of operators, and the emulation, compiled once a flavour."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 from .emulated_programs import CSRC, compile_emulated
+
+
+@pytest.fixture(params=("emulated", "cuda"))
+def device(request: pytest.FixtureRequest) -> str:
+    """Of an operator: for ``devices.overload``."""
+    return str(request.param)
 
 
 def _objects(flavour: str, factory: pytest.TempPathFactory) -> Path:
@@ -26,5 +32,7 @@ def flavour(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def emulation(flavour: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The emulation's objects in that flavour."""
-    return sorted(_objects(flavour, tmp_path_factory).glob("*.o"))
+    """The emulation's objects in that flavour, in a folder of their own."""
+    folder = _objects(flavour, tmp_path_factory)
+    sources = sorted((CSRC / "testing" / "cuda").glob("*.cpp"))
+    return [folder / f"{source.stem}.o" for source in sources]

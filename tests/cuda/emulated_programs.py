@@ -18,14 +18,21 @@ FLAVOURS = {
 }
 
 
-def compile_emulated(flavour: str, sources: list[Path], out: Path, *flags: str) -> None:
-    """One call of the compiler: an object, with ``-c``, or a program of objects."""
+def compile_emulated(
+    flavour: str, sources: list[Path], out: Path, *flags: str, include: Path = CSRC
+) -> None:
+    """One call of the compiler: an object, with ``-c``, or a program of objects.
+
+    Headers below ``include`` come before those of the project.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
-    base = ["-std=c++20", "-I", str(CSRC), "-DOW_CUDA_EMULATED", "-w", *FLAVOURS[flavour], *flags]
+    base = ["-std=c++20", f"-I{include}", f"-I{CSRC}", "-DOW_CUDA_EMULATED", "-w"]
     done = subprocess.run(
-        [compiler, *base, *map(str, sources), "-o", str(out)], capture_output=True, text=True
+        [compiler, *base, *FLAVOURS[flavour], *flags, *map(str, sources), "-o", str(out)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 

@@ -221,15 +221,15 @@ def _row_samples() -> Iterator[Sample]:
 
 
 def _raw_linear(sample: Sample) -> tuple[Any, ...]:
-    x, weight = sample.args[:2]
+    x, weight, bias, add = (*sample.args, None, None)[:4]
     compute = {"float": 0, "int8": 1}[sample.kwargs.get("compute", "float")]
     return (
         x,
         weight.packed,
         weight.scales,
         weight.zeros,
-        sample.kwargs.get("bias"),
-        sample.kwargs.get("add"),
+        sample.kwargs.get("bias", bias),
+        sample.kwargs.get("add", add),
         weight.layout_id,
         weight.n,
         weight.k,
@@ -373,7 +373,7 @@ CASES = (
         round_trip,
         lambda codes, scales, zeros=None, **_: (codes, scales, zeros),
         lambda sample, expected: tuple(0.0 for _ in expected),
-        raw=lambda s: (*s.args, s.kwargs["bits"], s.kwargs["group_size"]),
+        raw=lambda s: (*(*s.args, None)[:3], s.kwargs["bits"], s.kwargs["group_size"]),
         samples=lambda: list(_pack_samples()),
         rejects=lambda: list(_pack_rejects()),
     ),
