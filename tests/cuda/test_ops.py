@@ -16,7 +16,7 @@ from .devices import emulated_operator, overload
 
 # Operators with a CUDA implementation, and those whose case is a way there and back, which tests
 # of their own go.
-NAMES = ("quantize_rows", "hadamard", "lowbit_linear", "lowbit_embedding")
+NAMES = ("quantize_rows", "hadamard", "lowbit_linear", "lowbit_embedding", "nm_linear")
 ROUND_TRIPS = ("pack_lowbit",)
 COVERED = [case for case in CASES if case.name in NAMES]
 REFUSING = [case for case in CASES if case.name in (*NAMES, *ROUND_TRIPS)]

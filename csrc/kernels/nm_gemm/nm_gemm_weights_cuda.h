@@ -233,14 +233,14 @@ OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int c
 
 // --- Sums and results ----------------------------------------------------------------------------
 
-// Of the panel's outputs row and row + 8 of a lane's sums, in the group of `column`; 1 for values
-// without scales. Columns past k, which add nothing, count to the last group.
-OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int column, int lane,
+// Of the panel's outputs row and row + 8 of a lane's sums, in group g; 1 for values without scales.
+// Columns past k, which add nothing, may be in groups past the last.
+OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int g, int lane,
                            float (&scales)[2]) {
-  const int64_t g = min_of(column / int(a.group_size), a.groups - 1);
+  const int64_t group = panel * a.groups + min_of(g, a.groups - 1);
   OW_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int64_t at = (panel * a.groups + g) * kNmPanel + fragments::d_m16n8(lane, 2 * half).row;
+    const int64_t at = group * kNmPanel + fragments::d_m16n8(lane, 2 * half).row;
     scales[half] = a.scales == nullptr ? 1.0f : read_float(a.scales, a.scales_type, at);
   }
 }
