@@ -14,6 +14,7 @@ from bench.competitors import (
     torch_int4,
     torch_int8_dynamic,
     torch_sdpa,
+    torch_semi_structured,
 )
 from bench.index_cases import ESTIMATORS, STEERED
 from bench.problem import Competitor
@@ -37,4 +38,11 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
     "hadamard": (torch_hadamard.MATMUL, torch_hadamard.BUTTERFLY),
     **dict.fromkeys(ESTIMATORS, (STEERED,)),
     "active_linear": (openwork_dense.DENSE, torch_dense.FP32, torch_dense.BF16),
+}
+
+# The same on a GPU.
+GPU_COMPETITORS: dict[str, tuple[Competitor, ...]] = {
+    "lowbit_linear": (torch_dense.FP16, torch_int4.INT4),
+    "nm_linear": (torch_dense.FP16, torch_semi_structured.SEMI_STRUCTURED),
+    "hadamard": (torch_hadamard.MATMUL, torch_hadamard.BUTTERFLY),
 }

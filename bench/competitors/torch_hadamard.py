@@ -19,18 +19,22 @@ from openwork.testing.hadamard import hadamard_matrix
 Transform = Callable[[Tensor], Tensor]
 
 
-def _matrix(block: int, dtype: torch.dtype) -> Transform:
-    matrix = hadamard_matrix(block).to(dtype)
+def _matrix(block: int, like: Tensor) -> Transform:
+    matrix = hadamard_matrix(block).to(like)
     return lambda x: x.view(-1, block) @ matrix
 
 
-def _two_matrices(block: int, dtype: torch.dtype) -> Transform:
+def _two_matrices(block: int, like: Tensor) -> Transform:
     inner = 1 << (block.bit_length() - 1) // 2
-    left, right = hadamard_matrix(block // inner).to(dtype), hadamard_matrix(inner).to(dtype)
-    return lambda x: left @ (x.view(-1, block // inner, inner) @ right)
+    left, right = hadamard_matrix(block // inner).to(like), hadamard_matrix(inner).to(like)
+
+    def transform(x: Tensor) -> Tensor:
+        return left @ (x.view(-1, block // inner, inner) @ right)
+
+    return transform
 
 
-def _butterfly(block: int, dtype: torch.dtype) -> Transform:
+def _butterfly(block: int, like: Tensor) -> Transform:
     def transform(x: Tensor) -> Tensor:
         y = x.view(-1, block).float()
         h = 1
@@ -38,15 +42,16 @@ def _butterfly(block: int, dtype: torch.dtype) -> Transform:
             low, high = y.view(-1, block // (2 * h), 2, h).unbind(2)
             y = torch.stack((low + high, low - high), 2)
             h *= 2
-        return (y * block**-0.5).to(dtype)
+        return (y * block**-0.5).to(like.dtype)
 
     return transform
 
 
-def _prepare(problem: HadamardProblem, make: Callable[[int, torch.dtype], Transform]) -> Prepared:
-    transform = make(problem.block, problem.x.dtype)
-    groups, calls = problem.plan(problem.x.nbytes)
-    copies = [problem.x.clone() for _ in range(groups * calls)]
+def _prepare(problem: HadamardProblem, make: Callable[[int, Tensor], Transform]) -> Prepared:
+    x = problem.x.to(problem.device)
+    transform = make(problem.block, x)
+    groups, calls = problem.plan(x.nbytes)
+    copies = [x.clone() for _ in range(groups * calls)]
     result: list[Tensor] = [torch.empty(0)]
 
     def run(group: int) -> None:
@@ -57,12 +62,12 @@ def _prepare(problem: HadamardProblem, make: Callable[[int, torch.dtype], Transf
         run=run,
         groups=groups,
         calls=calls,
-        weight_bytes=problem.x.nbytes,
-        output=lambda: result[0].reshape(problem.x.shape).float().numpy(),
+        weight_bytes=x.nbytes,
+        output=lambda: result[0].reshape(x.shape).float().cpu().numpy(),
     )
 
 
-def _competitor(name: str, ways: dict[str, Callable[[int, torch.dtype], Transform]]) -> Competitor:
+def _competitor(name: str, ways: dict[str, Callable[[int, Tensor], Transform]]) -> Competitor:
     def variants(problem: HadamardProblem) -> list[Variant]:
         bits = torch.finfo(problem.x.dtype).bits
         return [

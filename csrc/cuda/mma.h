@@ -13,6 +13,9 @@ OW_DEVICE void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 OW_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   ptx::mma_m16n8k16_bf16(d, a, b0, b1);
 }
+OW_DEVICE void mma(int8_t, int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ptx::mma_m16n8k32_s8(d, a, b0, b1);
+}
 
 // The same of a 2:4 sparse a, 16 x 32.
 template <int kSelector>

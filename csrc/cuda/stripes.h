@@ -47,6 +47,8 @@ OW_INLINE bool is_whole(const Stripes& s, const Segment& segment) {
   return segment.begin == 0 && segment.end == s.steps;
 }
 
+OW_INLINE bool has_cuts(const Stripes& s) { return s.tiles % s.blocks != 0; }
+
 // The part that a block writes its sum of a cut tile to. It cuts at most two: the tile its stripe
 // begins in, and the one it ends in.
 OW_INLINE int64_t part_count(const Stripes& s) { return 2 * s.blocks; }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .emulated_programs import CSRC, compile_emulated, run_emulated
+from .emulated_programs import CSRC, FLAVOURS, Change, Program, Workshop
 
 # Families with CUDA kernels, and the sources that their checks are made of. That of nm_gemm
 # includes the kernels: all that nm_gemm.cu makes of them take too long to compile.
@@ -20,6 +20,12 @@ FAMILIES = {
     "quantize": ("quantize_scalar.cpp", "quantize.cu"),
     "hadamard": ("hadamard_scalar.cpp", "hadamard.cu"),
     "nm_gemm": (),
+    "lowbit_gemm": (
+        "lowbit_gemm.cu",
+        "lowbit_gemm_pack.cu",
+        "lowbit_gemm_rows.cu",
+        "lowbit_gemm_tile.cu",
+    ),
 }
 
 
@@ -49,6 +55,47 @@ DEFECTS = (
     Defect("hadamard", "no last stage of lanes", "hadamard.cu", "lanes < kWarp;", "lanes < 16;"),
     Defect("hadamard", "a wrong half", "hadamard.cu", "late ? 4 : 0", "late ? 0 : 4"),
     Defect("hadamard", "shared memory too small", "hadamard.cu", "kWarps * kTurn", "kTurn"),
+    Defect(
+        "lowbit_gemm", "no barrier in the pipeline", "lowbit_gemm_tile.cu",
+        "is read by none.\n    __syncthreads();\n", "is read by none.\n", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "a wait too short by one group", "lowbit_gemm_tile.cu",
+        "kStages - 2>();", "kStages - 1>();", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "a stage overwritten while it is read", "lowbit_gemm_tile.cu",
+        "copy<kDigits>((stage + kStages - 1) % kStages,", "copy<kDigits>(stage,", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "sums overwrite the last stage", "lowbit_gemm_tile.cu",
+        "  __syncthreads();\n  sum.template", "  sum.template", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "a wrong register of x", "lowbit_gemm_tile.cu",
+        "words[0] = eight.x;", "words[0] = eight.y;",
+    ),
+    Defect(
+        "lowbit_gemm", "no zeros for lanes of the other group", "lowbit_gemm_tile.cu",
+        "if (threadIdx.x == 0)", "if (false)",
+    ),
+    Defect(
+        "lowbit_gemm", "a thread's wait too short by one group", "lowbit_gemm_rows.cu",
+        "kCount - 2>();", "kCount - 1>();",
+    ),
+    Defect(
+        "lowbit_gemm", "no barrier before warps are summed", "lowbit_gemm_rows.cu",
+        "    __syncthreads();\n    write_tile", "    write_tile", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "the next segment overtakes the sum", "lowbit_gemm_rows.cu",
+        "    __syncthreads();\n    unit += count;", "    unit += count;", race=True,
+    ),
+    Defect(
+        "lowbit_gemm", "shared memory too small", "lowbit_gemm_rows.cu",
+        "+ kWarps * kShareSize", "+ kShareSize",
+    ),
+    Defect("lowbit_gemm", "a part left out", "lowbit_gemm.cu", "block <= last;", "block < last;"),
     Defect(
         "nm_gemm", "no barrier in the pipeline", "nm_gemm_many_cuda.h",
         "__syncthreads();  // the tile is there, and the one before is read", "", race=True,
@@ -96,52 +143,48 @@ DEFECTS = (
 )  # fmt: skip
 
 
-def _program(
-    flavour: str, family: str, emulation: list[Path], out: Path, defect: Defect | None = None
-) -> Path:
-    include = out / "include"
-    folder = include / "kernels" / family
+def _program(family: str, flavour: str, defect: Defect | None = None) -> Program:
+    folder = CSRC / "kernels" / family
+    check = Path(__file__).with_name(f"check_{family}.cpp")
+    change = None
     if defect is not None:
-        text = (CSRC / "kernels" / family / defect.source).read_text()
-        assert text.count(defect.old) >= 1, f"{defect.source} has no {defect.old!r}"
-        folder.mkdir(parents=True)
-        (folder / defect.source).write_text(text.replace(defect.old, defect.new, 1))
-    objects = []
-    for name in (f"check_{family}.cpp", *FAMILIES[family]):
-        # Checks are here; of the family's sources, one may have a defect.
-        folders = (Path(__file__).parent, folder, CSRC / "kernels" / family)
-        source = next(f / name for f in folders if (f / name).is_file())
-        objects.append(out / f"{source.stem}.o")
-        flags = ["-DOW_TARGET=scalar", "-x", "c++", "-c"]
-        compile_emulated(flavour, [source], objects[-1], *flags, include=include)
-    program = out / family
-    compile_emulated(flavour, [*objects, *emulation], program)
-    return program
+        text = (folder / defect.source).read_text()
+        assert defect.old in text, f"{defect.source} has no {defect.old!r}"
+        change = Change(folder / defect.source, text.replace(defect.old, defect.new, 1))
+    seeds = (0, 1, 2) if flavour == "plain" and defect is None else (0,)
+    sources = (check, *(folder / name for name in FAMILIES[family]))
+    return Program(flavour, sources, change=change, seeds=seeds)
 
 
-@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_the_scalar_kernels(
-    family: str, flavour: str, emulation: list[Path], tmp_path: Path
-) -> None:
-    program = _program(flavour, family, emulation, tmp_path)
-    for seed in (0, 1, 2) if flavour == "plain" else (0,):
-        done = run_emulated(program, seed)
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(_program(family, flavour), id=f"{family}-{flavour}")
+        for family in FAMILIES
+        for flavour in FLAVOURS
+    ],
+)
+def test_equal_to_the_scalar_kernels(program: Program, workshop: Workshop) -> None:
+    for done in workshop.outcomes(program):
         assert done.returncode == 0, done.stdout + done.stderr[:4000]
         assert not done.stderr
 
 
 @pytest.mark.parametrize(
-    ("flavour", "defect"),
-    [("tsan" if d.race else "plain", d) for d in DEFECTS],
-    ids=lambda value: f"{value.family}: {value.name}" if isinstance(value, Defect) else value,
+    ("program", "race"),
+    [
+        pytest.param(
+            _program(d.family, "tsan" if d.race else "plain", d),
+            d.race,
+            id=f"{d.family}: {d.name}",
+        )
+        for d in DEFECTS
+    ],
 )
-def test_planted_defect_is_found(
-    defect: Defect, flavour: str, emulation: list[Path], tmp_path: Path
-) -> None:
-    done = run_emulated(_program(flavour, defect.family, emulation, tmp_path, defect), 0)
+def test_planted_defect_is_found(program: Program, race: bool, workshop: Workshop) -> None:
+    (done,) = workshop.outcomes(program)
     assert done.returncode != 0, done.stdout
-    assert not defect.race or "data race" in done.stderr
+    assert not race or "data race" in done.stderr
 
 
 def test_every_family_is_checked() -> None:

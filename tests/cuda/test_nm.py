@@ -15,7 +15,7 @@ from openwork.testing import CASES, Reject
 from openwork.testing.case import EPS, Sample
 from openwork.testing.nm import make_weight, nm_linear_reference, nm_linear_tolerance
 
-from .devices import overload_on
+from .devices import overload
 
 LINEAR = next(case for case in CASES if case.name == "nm_linear")
 COMPRESS = next(case for case in CASES if case.name == "compress_nm")
@@ -23,29 +23,29 @@ PATTERNS = ((2, 4), (1, 4), (3, 8), (5, 32))
 
 
 def _check(device: str, x: Tensor, weight: openwork.NmWeight, **options: Any) -> None:
-    overload = overload_on(device, "nm_linear")
+    on_device = overload("nm_linear", device)
     case = replace(
-        LINEAR, op=lambda *args, **kwargs: overload(*LINEAR.raw(Sample("", args, kwargs)))
+        LINEAR, op=lambda *args, **kwargs: on_device(*LINEAR.raw(Sample("", args, kwargs)))
     )
     case.check(Sample(str(weight.pattern), (x, weight), options))
 
 
 def test_packed_tensors_equal_the_cpu_bit_for_bit(device: str) -> None:
-    overload = overload_on(device, "compress_nm")
+    on_device = overload("compress_nm", device)
     for sample in COMPRESS.samples():
         raw = COMPRESS.raw(sample)
-        for got, want in zip(overload(*raw), torch.ops.openwork.compress_nm(*raw), strict=True):
+        for got, want in zip(on_device(*raw), torch.ops.openwork.compress_nm(*raw), strict=True):
             assert got.dtype == want.dtype, sample.name
             assert torch.equal(got, want), sample.name
 
 
 def test_expanded_tensors_equal_the_cpu_bit_for_bit(device: str) -> None:
-    overload = overload_on(device, "expand_nm")
+    on_device = overload("expand_nm", device)
     for sample in COMPRESS.samples():
         weight = openwork.compress_nm(*sample.args, **sample.kwargs)
         tensors, numbers = openwork.ops.nm.nm_arguments(weight, "float")
         want = torch.ops.openwork.expand_nm(*tensors, *numbers[:-1])
-        for one, other in zip(overload(*tensors, *numbers[:-1]), want, strict=True):
+        for one, other in zip(on_device(*tensors, *numbers[:-1]), want, strict=True):
             assert one.dtype == other.dtype, sample.name
             assert torch.equal(one, other), sample.name
 
@@ -54,7 +54,7 @@ def test_expanded_tensors_equal_the_cpu_bit_for_bit(device: str) -> None:
 def test_what_cannot_be_packed_is_refused_in_the_same_words(reject: Reject, device: str) -> None:
     raw = COMPRESS.raw(Sample(reject.name, reject.args, reject.kwargs))
     with pytest.raises(ValueError, match="^compress_nm: ") as error:
-        overload_on(device, "compress_nm")(*raw)
+        overload("compress_nm", device)(*raw)
     assert reject.message in str(error.value)
 
 
@@ -74,12 +74,12 @@ def test_values_that_cannot_be_packed(changes: dict[str, float], message: str, d
     scales[1, 1] = changes.get("scales", 1.0)
     # Another fault further on is not the one that is named.
     codes[2, 7] = 255 if "codes" in changes else 8
-    for overload in (
-        overload_on(device, "compress_nm"),
+    for compress in (
+        overload("compress_nm", device),
         torch.ops.openwork.compress_nm.default,
     ):
         with pytest.raises(ValueError, match=f"^compress_nm: {message}$"):
-            overload(codes, None, scales, 2, 4, 1, 4, 32)
+            compress(codes, None, scales, 2, 4, 1, 4, 32)
 
 
 @pytest.mark.parametrize("dtype", EPS, ids=str)
@@ -121,7 +121,7 @@ def test_long_groups_of_int8_are_summed_exactly(m: int, device: str) -> None:
     )
     x = torch.full((m, k), 127.0)
     x[:, -1] = 1.0  # of a column that is not kept
-    y = overload_on(device, "nm_linear")(*LINEAR.raw(Sample("", (x, weight), {"compute": "int8"})))
+    y = overload("nm_linear", device)(*LINEAR.raw(Sample("", (x, weight), {"compute": "int8"})))
     assert torch.equal(y, torch.full_like(y, -127.0 * 128 * 4096))
 
 
@@ -139,7 +139,7 @@ def test_one_row_that_is_not_finite_spoils_no_other(value: float, m: int, device
     weight = make_weight(20, 96, (2, 4), "float32")
     x = torch.randn(m, 96)
     x[1, 5] = value
-    y = overload_on(device, "nm_linear")(*LINEAR.raw(Sample("", (x, weight))))
+    y = overload("nm_linear", device)(*LINEAR.raw(Sample("", (x, weight))))
     assert y[[i for i in range(m) if i != 1]].isfinite().all()
     assert not y[1].isfinite().all()
 
@@ -148,7 +148,7 @@ def test_x_need_not_be_aligned(device: str) -> None:
     weight = make_weight(20, 96, (2, 4), "bfloat16")
     x = torch.randn(3 * 96 + 1).bfloat16()[1:].view(3, 96)
     sample = Sample("", (x, weight))
-    y = overload_on(device, "nm_linear")(*LINEAR.raw(sample))
+    y = overload("nm_linear", device)(*LINEAR.raw(sample))
     expected = (nm_linear_reference(x, weight),)
     assert ((y.double() - expected[0]).abs() <= nm_linear_tolerance(sample, expected)[0]).all()
 
@@ -162,7 +162,7 @@ def test_weights_that_are_not_aligned_are_refused() -> None:
 
 
 def test_operands_of_several_devices_are_refused() -> None:
-    overload_on("cuda", "nm_linear")
+    overload("nm_linear", "cuda")
     weight = make_weight(20, 96, (2, 4), "bfloat16").to("cuda")
     elsewhere = replace(weight, index=weight.index.cpu())
     raw = LINEAR.raw(Sample("", (torch.randn(1, 96, device="cuda"), elsewhere)))

@@ -1,6 +1,7 @@
 // Compressing and expanding on a GPU, by the functions of the CPU: a thread a unit or a block.
 #include "cuda/device.h"
 
+#include "cuda/faults.h"
 #include "cuda/launch.h"
 #include "kernels/nm_gemm/nm_gemm_cuda.h"
 #include "kernels/nm_gemm/nm_gemm_pack_body.h"
@@ -20,11 +21,6 @@ LaunchStatus launch_each(const char* name, void (*kernel)(Params...), int64_t co
   return launch(name, kernel, grid, kThreads, 0, stream, args...);
 }
 
-OW_DEVICE void take_smaller(uint64_t* fault, uint64_t key) {
-  // CUDA has no atomicMin of uint64_t, which is unsigned long here.
-  atomicMin(reinterpret_cast<unsigned long long*>(fault), static_cast<unsigned long long>(key));
-}
-
 // A thread a group of outputs and block of columns.
 __global__ void __launch_bounds__(kThreads) find_excess(NmPackArgs a, NmFaults* faults) {
   const int64_t blocks = div_up(a.k, a.block);
@@ -33,22 +29,7 @@ __global__ void __launch_bounds__(kThreads) find_excess(NmPackArgs a, NmFaults* 
   const int64_t n = i / blocks * a.vector;
   const uint32_t columns = nm_kept_columns(a, n, min_of(n + a.vector, a.n), i % blocks);
   const int count = __builtin_popcount(columns);
-  if (count > a.kept) take_smaller(&faults->excess, uint64_t(i) << 8 | uint64_t(count));
-}
-
-__global__ void __launch_bounds__(kThreads) find_wide_codes(NmPackArgs a, NmFaults* faults) {
-  const int64_t i = thread_of_grid();
-  if (i >= a.n * a.k) return;
-  const int code = static_cast<const uint8_t*>(a.weight)[i];
-  if (code >> a.bits != 0) take_smaller(&faults->code, uint64_t(i) << 8 | uint64_t(code));
-}
-
-__global__ void __launch_bounds__(kThreads)
-    find_infinite_scales(NmPackArgs a, FloatType type, NmFaults* faults) {
-  const int64_t i = thread_of_grid();
-  if (i >= a.n * a.groups) return;
-  const uint32_t bits = float_to_bits(read_float(a.scales, type, i));
-  if ((bits & 0x7fffffff) >= 0x7f800000) take_smaller(&faults->scale, uint64_t(i) << 32 | bits);
+  if (count > a.kept) keep_first(&faults->excess, i, 8, uint32_t(count));
 }
 
 // A thread a unit of a group of outputs, whose index bytes no other thread writes.
@@ -101,11 +82,12 @@ LaunchStatus launch_find_nm_faults(const NmPackArgs& a, FloatType scales_type, v
   NmFaults* found = static_cast<NmFaults*>(scratch);
   LaunchStatus status = fill_bytes(found, 0xff, sizeof(NmFaults), stream);
   if (status.error == 0 && a.bits < 8) {
-    status = launch_each("find_wide_codes", find_wide_codes, a.n * a.k, stream, a, found);
+    status = launch_each("find_wide_codes", find_wide_codes, a.n * a.k, stream,
+                         static_cast<const uint8_t*>(a.weight), a.n * a.k, a.bits, &found->code);
   }
   if (status.error == 0 && a.scales != nullptr) {
-    status = launch_each("find_infinite_scales", find_infinite_scales, a.n * a.groups, stream, a,
-                         scales_type, found);
+    status = launch_each("find_infinite_scales", find_infinite_scales, a.n * a.groups, stream,
+                         a.scales, scales_type, a.n * a.groups, &found->scale);
   }
   if (status.error == 0) {
     const int64_t blocks = div_up(a.n, a.vector) * div_up(a.k, a.block);

@@ -82,12 +82,22 @@ def _make(m: int, d: int, block: int, dtype: torch.dtype) -> Sample:
     return Sample("", (torch.randn(m, d).to(dtype), block))
 
 
+def _workload(m: int, d: int, block: int, dtype: torch.dtype, **place: str) -> Workload:
+    params = {"m": m, "d": d, "block": block, "dtype": str(dtype)[6:], **place}
+    return Workload(params, partial(_make, m, d, block, dtype))
+
+
 def _workloads() -> Iterator[Workload]:
     for m in (1, 16, 512):
         for d, block in ((4096, 4096), (4096, 128), (14336, 512)):
             for dtype in (torch.float32, torch.bfloat16):
-                params = {"m": m, "d": d, "block": block, "dtype": str(dtype)[6:]}
-                yield Workload(params, partial(_make, m, d, block, dtype))
+                yield _workload(m, d, block, dtype)
+
+
+def _gpu_workloads() -> Iterator[Workload]:
+    for m in (1, 4096):
+        for d, block in ((4096, 4096), (4096, 128), (14336, 512)):
+            yield _workload(m, d, block, torch.float16, device="cuda")
 
 
 def _cost(params: Mapping[str, Any]) -> Cost:
@@ -106,6 +116,7 @@ CASES = (
         samples=lambda: list(_samples()),
         rejects=lambda: list(_rejects()),
         workloads=tuple(_workloads()),
+        gpu_workloads=tuple(_gpu_workloads()),
         cost=_cost,
     ),
 )
