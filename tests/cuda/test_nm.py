@@ -11,7 +11,7 @@ from torch import Tensor
 
 import openwork
 from openwork.ops import nm_mask
-from openwork.testing import CASES, Reject
+from openwork.testing import CASES
 from openwork.testing.case import EPS, Sample
 from openwork.testing.nm import make_weight, nm_linear_reference, nm_linear_tolerance
 
@@ -48,14 +48,6 @@ def test_expanded_tensors_equal_the_cpu_bit_for_bit(device: str) -> None:
         for one, other in zip(on_device(*tensors, *numbers[:-1]), want, strict=True):
             assert one.dtype == other.dtype, sample.name
             assert torch.equal(one, other), sample.name
-
-
-@pytest.mark.parametrize("reject", COMPRESS.rejects(), ids=lambda r: r.name)
-def test_what_cannot_be_packed_is_refused_in_the_same_words(reject: Reject, device: str) -> None:
-    raw = COMPRESS.raw(Sample(reject.name, reject.args, reject.kwargs))
-    with pytest.raises(ValueError, match="^compress_nm: ") as error:
-        overload("compress_nm", device)(*raw)
-    assert reject.message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@
 
 namespace ow {
 
-constexpr int kNmFewRows = 16;
 constexpr int kNmFewWarps = 8;
 constexpr int kNmFewThreads = kNmFewWarps * kWarp;
 
@@ -21,10 +20,11 @@ class NmSparseStream {
  public:
   using T = T_;
   using Words = NmWords<T, kBits>;
-  static constexpr int kPieces = Words::kPieces;
+  static constexpr int kPieces = 1;
   static constexpr bool kScaled = kBits <= 8;
+  static constexpr int kBlocks = 3;  // of a multiprocessor
   static constexpr int kSharedBytes = 0;
-  using Step = NmSparse<T, kPieces>;
+  using Step = NmSparse<T>;
 
   OW_DEVICE NmSparseStream(T*, int lane) : lane_(lane) {}
 
@@ -40,7 +40,7 @@ class NmSparseStream {
     metadata_ = next_kept_.metadata(lane_);
   }
   OW_DEVICE void load(int step, Step& to) const {
-    words_[step].decode(lane_, to);
+    words_[step].decode(lane_, to.a);
     to.metadata = metadata_;
   }
 
@@ -57,6 +57,7 @@ class NmDenseStream {
   using T = T_;
   static constexpr int kPieces = kPieces_;
   static constexpr bool kScaled = true;
+  static constexpr int kBlocks = 2;                                   // pieces take registers
   static constexpr int kElements = kPieces * int(kNmPanel) * kNmRow;  // of shared memory, a warp
   static constexpr int kSharedBytes = kNmFewWarps * kElements * 2;
   using Step = NmDense<T, kPieces>;
@@ -115,10 +116,6 @@ OW_DEVICE void store_panel(const NmGemmArgs& a, const float (&sums)[kNmFewRows /
   for (int warp = 0; warp < kNmFewWarps; ++warp) sum += of_warps[warp][token][output];
   store_result(a, token, panel * kNmPanel + output, sum);
 }
-
-// Blocks that a multiprocessor must have room for: pieces and addresses of x take registers.
-template <class Stream, int kXPieces>
-constexpr int kNmFewBlocks = kXPieces == 1 && Stream::kSharedBytes == 0 ? 3 : 2;
 
 // A group's sum is scaled every `span` columns: the smaller of its size and a tile's.
 template <class Stream, int kXPieces>

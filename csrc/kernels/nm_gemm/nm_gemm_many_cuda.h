@@ -24,13 +24,13 @@ class NmSparseTiles {
  public:
   using T = T_;
   using Words = NmWords<T, kBits>;
-  static constexpr int kPieces = Words::kPieces;
+  static constexpr int kPieces = 1;
   static constexpr bool kScaled = kBits <= 8;
   static constexpr int kValueBytes = int(kNmUnit * kNmPanel) * kBits / 8;  // of a panel
   static constexpr int kIndexBytes = 128;                                  // where V is 1
   static constexpr int kStageBytes = kNmPanels * (kValueBytes + kIndexBytes);
   static constexpr int kExpandedBytes = 0;
-  using Step = NmSparse<T, kPieces>;
+  using Step = NmSparse<T>;
 
   // `own`: the first of the warp's panels, `first`: of the block's.
   OW_DEVICE NmSparseTiles(int first, int own, uint8_t*) : first_(first), own_(own - first) {}
@@ -72,7 +72,7 @@ class NmSparseTiles {
     const int lane = int(threadIdx.x) % kWarp;
     Words words;
     words.load(staged_ + i * kValueBytes, step, lane, true);
-    words.decode(lane, to);
+    words.decode(lane, to.a);
     to.metadata = metadata_[i];
   }
 
@@ -131,7 +131,7 @@ struct NmManyShape {
   static constexpr int kSharedBytes = kLoadBytes > kResultBytes ? kLoadBytes : kResultBytes;
   static_assert(kSharedBytes <= kNmMostShared);
   // Of a multiprocessor: two leave a thread 128 registers.
-  static constexpr int kBlocks = Tiles::kPieces > 1 && !Tiles::kStageBytes ? 1 : 2;
+  static constexpr int kBlocks = Tiles::kPieces > 1 ? 1 : 2;
 };
 
 // Starts copies of x [kXPieces][kTokens][kNmRow] from `column` on; zero past m and x.columns. A
