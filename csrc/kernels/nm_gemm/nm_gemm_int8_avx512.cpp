@@ -96,6 +96,11 @@ class IndexReader {
     return line_at(index_ + unit * unit_bytes_ + i * line_bytes_);
   }
 
+  void fetch(int64_t unit) const {
+    _mm_prefetch(index_ + unit * unit_bytes_, _MM_HINT_T0);
+    _mm_prefetch(index_ + unit * unit_bytes_ + 64, _MM_HINT_T0);
+  }
+
   // The indices of four slots, the q-th of the unit, one a byte.
   template <int kBlock>
   __m512i quad(int64_t unit, uint32_t q) const {
@@ -259,10 +264,17 @@ OW_INLINE void add_window(const uint8_t* from, __m512i select, __m512i w, int ch
   }
 }
 
+// Bytes of values that are fetched ahead: the processor's prefetchers stop at every page of 4 KiB.
+constexpr int64_t kAhead = 2048;
+
 // kCount lines of four slots from line q on, of one index line.
 template <int kBits, int kBlock, int kWindow, int kCount, int kRows>
 OW_INLINE void add_windows(const uint8_t* values, const IndexReader& index, __m512i blocks,
                            int shift, const uint8_t* x, int64_t q, Sums<kRows>* sums) {
+  for (int i = 0; i < kCount * kBits * 8; i += 64) {
+    _mm_prefetch(values + q * kBits * 8 + kAhead + i, _MM_HINT_T0);
+  }
+  index.fetch(q / 8 + kAhead / (kBits * 64));
   LineIndices<kBlock> indices(index, q);
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i, indices.next()) {
