@@ -53,8 +53,8 @@ def test_workloads_say_that_they_are_for_gpus() -> None:
     assert {item.case.name for item in items} == set(GPU_COMPETITORS)
     assert all(item.params["device"] == "cuda" for item in items)
     assert all(item.cost.bytes > 0 and item.cost.unit in ("bf16", "int8", "fp32") for item in items)
-    assert [item.name for item in suite.gpu_items("hadamard m=1 block=128")] == [
-        "hadamard m=1 d=4096 block=128 dtype=float16 device=cuda"
+    assert [item.name for item in suite.gpu_items("hadamard m=64 block=128")] == [
+        "hadamard m=64 d=4096 block=128 dtype=float16 device=cuda"
     ]
     assert not any("device=cuda" in item.name for item in suite.items("", 1))
 
@@ -78,7 +78,7 @@ def test_operators_without_a_kernel_are_named() -> None:
 
 
 def test_run_writes_rows_of_emulated_operators(emulated: EmulatedGpu, tmp_path: Path) -> None:
-    (item,) = suite.gpu_items("hadamard m=1 block=128")
+    (item,) = suite.gpu_items("hadamard m=64 block=128")
     settings = suite.Settings(1, cold_bytes=1, rounds=2, seconds=0.0, device=emulated)
     stream = gpu.ReadStream(emulated, 1 << 20)
     rows: list[report.Row] = []
@@ -96,7 +96,7 @@ def test_run_writes_rows_of_emulated_operators(emulated: EmulatedGpu, tmp_path: 
 
 
 def test_wrong_results_are_not_timed(emulated: EmulatedGpu) -> None:
-    (item,) = suite.gpu_items("hadamard m=1 block=128")
+    (item,) = suite.gpu_items("hadamard m=64 block=128")
     sample = item.workload.make()
     emulated.check(item.case, sample)
     x, block = sample.args
