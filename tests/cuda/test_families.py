@@ -76,8 +76,8 @@ DEFECTS = (
         "words[0] = eight.x;", "words[0] = eight.y;",
     ),
     Defect(
-        "lowbit_gemm", "no zeros for lanes of the other group", "lowbit_gemm_tile.cu",
-        "if (threadIdx.x == 0)", "if (false)",
+        "lowbit_gemm", "no zeros for lanes of the other group", "lowbit_gemm_rows.cu",
+        "keep ? words[i] : 0", "words[i]",
     ),
     Defect(
         "lowbit_gemm", "a thread's wait too short by one group", "lowbit_gemm_rows.cu",
