@@ -21,6 +21,12 @@ if(OPENWORK_CUDA)
     set(OW_HAVE_CUDA ON)
     set(CMAKE_CUDA_COMPILER ${OW_NVCC})
     set(CMAKE_CUDA_ARCHITECTURES ${OPENWORK_CUDA_ARCHITECTURES})
+    # The wheels have lib where nvcc's profile has lib64.
+    get_filename_component(ow_cuda_root ${OW_NVCC} DIRECTORY)
+    get_filename_component(ow_cuda_root ${ow_cuda_root} DIRECTORY)
+    if(EXISTS ${ow_cuda_root}/lib/libcudart_static.a)
+      set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -L${ow_cuda_root}/lib")
+    endif()
     enable_language(CUDA)
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
@@ -43,7 +49,7 @@ function(openwork_add_cuda_library)
                                    ${PROJECT_SOURCE_DIR}/csrc/cuda/runtime.cu)
   target_include_directories(openwork_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
   target_compile_options(openwork_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fvisibility=hidden -Xptxas=-v>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fvisibility=hidden>)
   # The C++ compiler links: nvcc moves --no-as-needed and loses libtorch.so, which every torch has
   # and which brings libtorch_cuda.so where there is one. The weak stream symbol needs no -z,defs.
   set_target_properties(openwork_cuda PROPERTIES PREFIX "" SUFFIX ".so" SKIP_BUILD_RPATH ON

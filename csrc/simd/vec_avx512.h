@@ -122,6 +122,14 @@ OW_INLINE VecI abs_bits(VecF a) {
   return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
 }
 
+template <int kDistance>
+OW_INLINE VecF swap_lanes(VecF a) {
+  if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  if constexpr (kDistance == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  if constexpr (kDistance == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  if constexpr (kDistance == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
+
 OW_INLINE void transpose(VecF (&rows)[16]) {
   __m512 pairs[16];
 #pragma GCC unroll 8

@@ -20,6 +20,8 @@ uint32_t prmt_b32(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+float cvt_f32_f16(uint16_t value) { return to_float(f16{value}); }
+
 uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t result = 0;
   for (int i = 0; i < 2; ++i) {
@@ -32,8 +34,27 @@ uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
+uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [i](uint32_t word) { return to_float(bf16{uint16_t(word >> (16 * i))}); };
+    // By way of fp32, which a GPU does not round to: only exact results are the same.
+    bf16 sum;
+    from_float(float(double(half(a)) * double(half(b)) + double(half(c))), &sum);
+    result |= uint32_t(sum.bits) << (16 * i);
+  }
+  return result;
+}
+
 uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   bf16 halves[2];
+  from_float(low, &halves[0]);
+  from_float(high, &halves[1]);
+  return uint32_t(halves[1].bits) << 16 | halves[0].bits;
+}
+
+uint32_t cvt_rn_f16x2_f32(float high, float low) {
+  f16 halves[2];
   from_float(low, &halves[0]);
   from_float(high, &halves[1]);
   return uint32_t(halves[1].bits) << 16 | halves[0].bits;

@@ -1,0 +1,176 @@
+"""What every device kernel may use, and what that leaves of a multiprocessor.
+
+The tables below are the limits that test_binary.py holds the compiled code to. ``python -m
+tests.cuda.device_kernels`` prints them as the tables of csrc/README.md: figures of the design, by
+data sheet and by the limits, not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+WARP = 32
+# Registers go to threads by eights, shared memory to blocks by 128 bytes.
+REGISTER_UNIT = 8
+SHARED_UNIT = 128
+# Shared memory that the system takes of each block.
+RESERVED_SHARED = 1024
+
+
+@dataclass(frozen=True)
+class DeviceKernel:
+    """A kernel, and the most it may use.
+
+    Attributes:
+        name: as the compiler prints it without namespaces and parameters, with wildcards for
+            template arguments: ``gemm<*>``.
+        threads: of a block.
+        registers: of a thread, a multiple of 8.
+        shared: bytes of a block, static and dynamic.
+        dynamic: of these, those that the launch asks for.
+        tensor: the kinds of tensor core instruction its code has: "HMMA" (16-bit), "IMMA" (8-bit),
+            and ".SP" for the sparse ones.
+    """
+
+    name: str
+    threads: int
+    registers: int
+    shared: int = 0
+    dynamic: int = 0
+    tensor: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.registers % REGISTER_UNIT or self.dynamic > self.shared:
+            raise ValueError(f"{self.name}: registers must be a multiple of 8, dynamic <= shared")
+
+
+# Kernels of openwork_cuda.so. The first row whose name matches decides.
+KERNELS = (
+    DeviceKernel("encode_rows_int8<*>", 256, 64, shared=32),
+    DeviceKernel("encode_rows_fixed<*>", 256, 64),
+    DeviceKernel("hadamard_in_warps<*>", 256, 40),
+    # Blocks of 512, 1024, ..., 32768 elements.
+    DeviceKernel("hadamard_in_blocks<*, 1, 2>", 64, 32, shared=2 << 10, dynamic=2 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 1, 4>", 128, 32, shared=4 << 10, dynamic=4 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 2, 4>", 128, 40, shared=8 << 10, dynamic=8 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 2, 8>", 256, 40, shared=16 << 10, dynamic=16 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 4, 8>", 256, 48, shared=32 << 10, dynamic=32 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 4, 16>", 512, 64, shared=64 << 10, dynamic=64 << 10),
+    DeviceKernel("hadamard_in_blocks<*, 8, 16>", 512, 128, shared=64 << 10, dynamic=64 << 10),
+)
+
+# Those of tests/cuda/check_kernels.h.
+CHECK_KERNELS = (
+    DeviceKernel("gemm<*>", 128, 72, shared=30720, dynamic=30720, tensor=frozenset({"HMMA"})),
+    DeviceKernel("gemm_s8", 32, 40, tensor=frozenset({"IMMA"})),
+    DeviceKernel("gemm_sparse<*>", 32, 48, tensor=frozenset({"HMMA.SP"})),
+    DeviceKernel("sum_rows", 128, 40, shared=128),
+    DeviceKernel("count_odd", 128, 16, shared=512),
+    DeviceKernel("registers", 32, 32),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet and by the CUDA programming guide's table of technical limits.
+
+    ``rates`` are bytes/s of memory and dense operations/s of a unit; sparse ones are twice these.
+    """
+
+    name: str
+    warps: int
+    blocks: int
+    registers: int
+    shared: int
+    rates: dict[str, float]
+
+    def blocks_of(self, kernel: DeviceKernel) -> int:
+        """Blocks of the kernel that one multiprocessor holds at once."""
+        warps = -(-kernel.threads // WARP)
+        # A multiprocessor has four parts with a file of registers each.
+        of_registers = self.registers // 4 // (kernel.registers * WARP) * 4 // warps
+        shared = -(-kernel.shared // SHARED_UNIT) * SHARED_UNIT + RESERVED_SHARED
+        return min(self.blocks, self.warps // warps, of_registers, self.shared // shared)
+
+    def occupancy(self, kernel: DeviceKernel) -> float:
+        """Of the warps that a multiprocessor can hold, the share that the kernel lets it."""
+        return self.blocks_of(kernel) * -(-kernel.threads // WARP) / self.warps
+
+
+GPUS = (
+    Gpu(
+        "A100", 64, 32, 65536, 164 << 10,
+        {"read": 2039e9, "fp32": 19.5e12, "f16": 312e12, "int8": 624e12},
+    ),
+    Gpu(
+        "H100", 64, 32, 65536, 228 << 10,
+        {"read": 3350e9, "fp32": 66.9e12, "f16": 989e12, "int8": 1979e12},
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a call must move and compute at least: ``operations`` count a multiply and an add."""
+
+    call: str
+    bytes: int
+    operations: int
+    unit: str = "f16"
+    sparse: bool = False
+
+    def seconds(self, gpu: Gpu) -> tuple[float, str]:
+        """The least time, and what takes it."""
+        memory = self.bytes / gpu.rates["read"]
+        arithmetic = self.operations / gpu.rates[self.unit] / (2 if self.sparse else 1)
+        return max((memory, "memory"), (arithmetic, self.unit))
+
+
+FLOORS = (
+    Floor("`quantize_rows`, 4096 x 4096 bf16", 4096 * 4096 * 3 + 4096 * 4, 0),
+    Floor("`hadamard`, 4096 x 4096 bf16", 2 * 4096 * 4096 * 2, 12 * 4096 * 4096, "fp32"),
+)
+
+
+def row_of(name: str) -> DeviceKernel | None:
+    """The row that a kernel is held to."""
+    return next((k for k in (*KERNELS, *CHECK_KERNELS) if fnmatchcase(name, k.name)), None)
+
+
+def occupancy_table() -> Iterator[str]:
+    """Lines of markdown."""
+    heads = "".join(f" {gpu.name} |" for gpu in GPUS)
+    yield f"| kernel | threads | registers | shared bytes |{heads}"
+    yield "|---|---|---|---|" + "---|" * len(GPUS)
+    for kernel in KERNELS:
+        cells = "".join(
+            f" {gpu.blocks_of(kernel)} x {kernel.threads}, {gpu.occupancy(kernel):.0%} |"
+            for gpu in GPUS
+        )
+        limits = f"{kernel.threads} | {kernel.registers} | {kernel.shared}"
+        yield f"| `{kernel.name}` | {limits} |{cells}"
+
+
+def floor_table() -> Iterator[str]:
+    """Lines of markdown."""
+    heads = "".join(f" {gpu.name} |" for gpu in GPUS)
+    yield f"| call | bytes | operations |{heads}"
+    yield "|---|---|---|" + "---|" * len(GPUS)
+    for floor in FLOORS:
+        cells = ""
+        for gpu in GPUS:
+            seconds, limiter = floor.seconds(gpu)
+            cells += f" {seconds * 1e6:.3g} us, {limiter} |"
+        needed = f"{floor.bytes / 1e6:.4g} MB | {floor.operations / 1e9:.4g} G"
+        yield f"| {floor.call} | {needed} |{cells}"
+
+
+def tables() -> str:
+    """Both tables, as csrc/README.md has them."""
+    return "\n".join([*occupancy_table(), "", *floor_table()])
+
+
+if __name__ == "__main__":
+    print(tables())
