@@ -101,56 +101,12 @@ struct FloatEngine {
     *odd = load(weights + (j + 1) * kQueryTile + i);
   }
 
-  template <int kR, int kV>
-  static void multiply_rows(const Product<float>& p, int64_t row, int64_t lane) {
-    float* c = p.c + row * kQueryTile + lane;
-    VecF sums[kR][kV];
-    for (int r = 0; r < kR; ++r) {
-      for (int v = 0; v < kV; ++v) {
-        sums[r][v] = p.add ? load(c + r * kQueryTile + v * kLanes) : set1(0.0f);
-      }
-    }
-    const float* b = p.b + lane;
-    for (int64_t s = 0; s < p.segments; ++s) {
-      const float* a = p.a[s] + row * p.row_stride;
-      for (int64_t i = 0; i < p.depth; ++i, b += kQueryTile) {
-        VecF columns[kV];
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) columns[v] = load(b + v * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kR; ++r) {
-          const VecF left = set1(a[r * p.row_stride + i]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kV; ++v) sums[r][v] = fma(left, columns[v], sums[r][v]);
-        }
-      }
-    }
-    for (int r = 0; r < kR; ++r) {
-      for (int v = 0; v < kV; ++v) store(c + r * kQueryTile + v * kLanes, sums[r][v]);
-    }
-  }
+  using Column = VecF;
+  OW_INLINE VecF load_column(const float* p) { return load(p); }
+  OW_INLINE VecF broadcast(const float* p) { return set1(*p); }
+  OW_INLINE void accumulate(VecF& sum, VecF left, VecF column) { sum = fma(left, column, sum); }
 
-  template <int kV>
-  static void multiply_lanes(const Product<float>& p, int64_t lane) {
-    int64_t row = 0;
-    for (; row + kRows <= p.rows; row += kRows) multiply_rows<kRows, kV>(p, row, lane);
-    // 32 keys, or dimensions in multiples of 16: an even number is left.
-    if (p.rows - row == 4) multiply_rows<4, kV>(p, row, lane);
-    if (p.rows - row == 2) multiply_rows<2, kV>(p, row, lane);
-  }
-
-  static void multiply(const Product<float>& p) {
-    constexpr int64_t kStep = kVectors * kLanes;
-    int64_t lane = 0;
-    for (; lane + kStep <= p.queries; lane += kStep) multiply_lanes<kVectors>(p, lane);
-    if constexpr (kStep > 16) {
-      switch (p.queries - lane) {
-        case 16: return multiply_lanes<1>(p, lane);
-        case 32: return multiply_lanes<2>(p, lane);
-        case 48: return multiply_lanes<3>(p, lane);
-      }
-    }
-  }
+  static void multiply(const Product<float>& p) { ow::OW_TARGET::multiply<FloatEngine>(p); }
 };
 
 }  // namespace

@@ -21,26 +21,24 @@ struct Layout {
 };
 
 // The memory of one thread. Scores and weights share theirs where elements are floats; where column
-// sums are asked for, those of each tile of keys have a place of their own.
+// sums are asked for, those of each unit have a place of their own.
 template <class E>
 struct Memory {
   using Element = typename E::Element;
-  static constexpr int64_t kTileKeys = E::kTileUnits * kUnitKeys;
   static constexpr bool kSharesScores = sizeof(Element) == sizeof(float);
 
-  Element* q;         // Q^T
-  float* o;           // o^T [dv, 64]
-  float* scores;      // [keys of a tile, 64]
-  Element* weights;   // of each tile
-  Unit* units;        // of each tile
-  float* maxima;      // m of each tile of keys: [64]
+  Element* q;        // Q^T
+  float* o;          // o^T [dv, 64]
+  float* scores;     // [keys of a unit, 64]
+  Element* weights;  // of each unit: [32, 64]
+  Unit* units;
+  float* maxima;      // m of each unit: [64]
   Element* gathered;  // units of single keys
-  int64_t tiles;
   int64_t bytes;
 
   Memory(const BlockAttentionArgs& a, uint8_t* base) {
     const Layout<E> layout(a);
-    tiles = 1;
+    int64_t count = E::kTileUnits;
     if (a.score_rows != nullptr) {
       int64_t keys = 0;
       for (int64_t s = 0; s < a.sequence_count; ++s) {
@@ -48,7 +46,7 @@ struct Memory {
       }
       // Runs of blocks, and the two ranges seen, may meet in a unit, which then is there twice; no
       // key is, and single keys fill their units.
-      tiles = div_up(2 * div_up(keys, kUnitKeys) + 4, E::kTileUnits);
+      count = 2 * div_up(keys, kUnitKeys) + 4;
     }
     uint8_t* next = base;
     const auto take = [&](int64_t size) {
@@ -59,11 +57,11 @@ struct Memory {
     q = reinterpret_cast<Element*>(take(layout.d * kQueryTile * int64_t(sizeof(Element))));
     o = reinterpret_cast<float*>(take(layout.dv * kQueryTile * 4));
     weights =
-        reinterpret_cast<Element*>(take(tiles * kTileKeys * kQueryTile * int64_t(sizeof(Element))));
-    scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kTileKeys * kQueryTile * 4));
-    // One tile more: at the end the walk looks for a unit that is not there.
-    units = reinterpret_cast<Unit*>(take((tiles + 1) * E::kTileUnits * int64_t(sizeof(Unit))));
-    maxima = reinterpret_cast<float*>(take(tiles * kQueryTile * 4));
+        reinterpret_cast<Element*>(take(count * kUnitKeys * kQueryTile * int64_t(sizeof(Element))));
+    scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kUnitKeys * kQueryTile * 4));
+    // One more: at the end the walk looks for a unit that is not there.
+    units = reinterpret_cast<Unit*>(take((count + 1) * int64_t(sizeof(Unit))));
+    maxima = reinterpret_cast<float*>(take(a.score_rows == nullptr ? 0 : count * kQueryTile * 4));
     gathered = reinterpret_cast<Element*>(
         take(a.columns.indptr == nullptr ? 0 : E::kTileUnits * layout.unit_bytes()));
     bytes = next - base;

@@ -262,6 +262,11 @@ def _indexed_samples(kind: str, dtype: torch.dtype) -> Iterator[Sample]:
         index = make_index([(sq, sk)], heads, block_m, block_n, density, columns)
         name = f"{kind}-{block_m}x{block_n}-{sq}-{sk}-{heads}-{density}-{columns}"
         yield Sample(name, (*make_operands(1, sq, sk, h, g, 64, 64, dtype), index), both)
+    # Later keys exceed the largest score so far, again and again.
+    q, k, v = make_operands(1, 200, 900, 2, 1, 64, 64, dtype)
+    ascending = k * torch.linspace(0.1, 20, 900)[:, None, None].to(dtype)
+    index = make_index([(200, 900)], 2, 64, 32, 0.2, 0.5)
+    yield Sample(f"{kind}-rising-index", (q.abs(), ascending.abs(), v, index), {})
     q, k, v = make_operands(2, 100, 160, 4, 2, 40, 48, dtype)
     index = make_index([(100, 160)] * 2, 4, 48, 32, 0.4, 0.1)
     yield Sample(f"{kind}-batch-index", (q, k, v, index), both)
