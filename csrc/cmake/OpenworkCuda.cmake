@@ -48,8 +48,9 @@ function(openwork_add_cuda_library)
   add_library(openwork_cuda MODULE ${ow_cuda_kernels} ${ow_cuda_ops}
                                    ${PROJECT_SOURCE_DIR}/csrc/cuda/runtime.cu)
   target_include_directories(openwork_cuda PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+  # Code for five architectures packs to a fifth of its size.
   target_compile_options(openwork_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fvisibility=hidden>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fvisibility=hidden --compress-mode=size>)
   # The C++ compiler links: nvcc moves --no-as-needed and loses libtorch.so, which every torch has
   # and which brings libtorch_cuda.so where there is one. The weak stream symbol needs no -z,defs.
   set_target_properties(openwork_cuda PROPERTIES PREFIX "" SUFFIX ".so" SKIP_BUILD_RPATH ON

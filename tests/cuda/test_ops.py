@@ -10,9 +10,9 @@ import torch
 
 import openwork
 from openwork.testing import CASES, OpCase, Reject
-from openwork.testing.case import EPS, Sample
+from openwork.testing.case import EPS, Sample, as_tuple
 
-from .devices import overload
+from .devices import emulated_operator, overload
 
 # Operators with a CUDA implementation, and those whose case is a way there and back, which tests
 # of their own go.
@@ -37,11 +37,26 @@ def test_equals_reference(case: OpCase, device: str) -> None:
 
 @pytest.mark.parametrize("case", COVERED, ids=lambda c: c.name)
 def test_opcheck(case: OpCase) -> None:
-    overload(case.name, "emulated")
-    # The fake implementation is registered for the real operator.
-    emulated = getattr(torch.ops.openwork_emulated, case.name).default
-    for sample in case.samples()[::9]:
-        torch.library.opcheck(emulated, case.raw(sample), test_utils="test_schema")
+    emulated = emulated_operator(case.name)
+    samples = case.samples()
+    # A second a call: a few of them.
+    for sample in samples[:: -(-len(samples) // 5)]:
+        raw = case.raw(sample)
+        utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if not any(bool(t.isnan().any()) for t in as_tuple(emulated(*raw))):
+            # It compares traced results with eager ones, and takes NaN for different from NaN.
+            utilities.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(emulated, raw, test_utils=utilities)
+
+
+@pytest.mark.parametrize("case", COVERED, ids=lambda c: c.name)
+def test_compiles_without_graph_breaks(case: OpCase) -> None:
+    torch._dynamo.reset()
+    emulated = emulated_operator(case.name)
+    raw = case.raw(case.samples()[0])
+    compiled = torch.compile(lambda *args: emulated(*args), fullgraph=True, backend="aot_eager")
+    for got, want in zip(as_tuple(compiled(*raw)), as_tuple(emulated(*raw)), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(
