@@ -137,29 +137,29 @@ OW_DEVICE Fragments<X> unpack(int t, const uint4 (&pieces)[kPieces<kBits>], uint
   return fragments;
 }
 
-// Scales and zero points of a lane's four outputs in a group.
-struct Group {
-  uint4 scales;  // of w_scales_type
-  uint32_t zeros;
-};
-
-OW_DEVICE Group load_group(const LowbitGemmArgs& args, int64_t panel, int group, int lane) {
-  const int64_t at = (panel * args.groups + min_of(group, args.groups - 1)) * kPanel + lane / 4 * 4;
-  Group loaded;
-  if (args.w_scales_type == FloatType::f32) {
-    loaded.scales = *reinterpret_cast<const uint4*>(static_cast<const float*>(args.w_scales) + at);
-  } else {
-    const uint2 halves =
-        *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(args.w_scales) + at);
-    loaded.scales = {halves.x, halves.y, 0, 0};
-  }
-  loaded.zeros = args.w_zeros == nullptr ? kByteOnes << (args.bits - 1)
-                                         : *reinterpret_cast<const uint32_t*>(args.w_zeros + at);
-  return loaded;
+// Where a panel's scales and zero points of a group are for a lane's outputs. Past the last group,
+// that one again: k padding may be in it, and what is loaded ahead.
+OW_DEVICE int64_t group_at(const LowbitGemmArgs& args, int64_t panel, int group, int lane) {
+  return (panel * args.groups + min_of(group, args.groups - 1)) * kPanel + lane / 4 * 4;
 }
 
-OW_DEVICE void scales_of(const Group& group, FloatType type, float (&scales)[4]) {
-  const uint32_t words[4] = {group.scales.x, group.scales.y, group.scales.z, group.scales.w};
+// The zero points of four outputs, a byte each.
+OW_DEVICE uint32_t load_zeros(const LowbitGemmArgs& args, int64_t at) {
+  if (args.w_zeros == nullptr) return kByteOnes << (args.bits - 1);
+  return *reinterpret_cast<const uint32_t*>(args.w_zeros + at);
+}
+
+// The scales of four outputs as they are stored, and as floats.
+OW_DEVICE uint4 load_scales(const LowbitGemmArgs& args, int64_t at) {
+  if (args.w_scales_type == FloatType::f32) {
+    return *reinterpret_cast<const uint4*>(static_cast<const float*>(args.w_scales) + at);
+  }
+  const uint2 halves =
+      *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(args.w_scales) + at);
+  return {halves.x, halves.y, 0, 0};
+}
+OW_DEVICE void scales_of(const uint4& stored, FloatType type, float (&scales)[4]) {
+  const uint32_t words[4] = {stored.x, stored.y, stored.z, stored.w};
   OW_UNROLL
   for (int i = 0; i < 4; ++i) {
     const uint32_t half = words[i / 2] >> (i % 2 * 16);
@@ -178,14 +178,12 @@ class PanelSum {
   static constexpr int kSteps = Operand<X>::kSteps;
 
   OW_DEVICE PanelSum(const LowbitGemmArgs& args, int64_t panel, int block, int64_t row0, int lane)
-      : args_(args), panel_(panel), row0_(row0), lane_(lane) {
-    halves_ = args.groups > 1 && args.group_size < kBlockK ? 2 : 1;
-    blocks_ = args.groups == 1 ? int(args.k_padded / kBlockK) : int(args.group_size / kBlockK);
-    if (halves_ == 2) return;
-    group_ = block / blocks_;
-    left_ = blocks_ - block % blocks_;
-    now_ = load_group(args, panel, group_, lane);
-    next_ = load_group(args, panel, group_ + 1, lane);
+      : args_(args), panel_(int(panel)), row0_(int(row0)), lane_(lane) {
+    if (has_halves()) return;
+    group_ = block / group_blocks();
+    left_ = group_blocks() - block % group_blocks();
+    next_zeros_ = load_zeros(args, at(group_));
+    begin_group();
   }
 
   // Adds a block. read_x(tile, keep, b) gives B of a tile of rows, or zeros if this lane's k is not
@@ -195,17 +193,17 @@ class PanelSum {
                      const ReadX& read_x) {
     const int t = lane_ % 4;
     // A group of 16 is the k of two lanes in four: a product for each, with zeros in the others.
-    uint32_t zeros = now_.zeros;
-    if (halves_ == 2) zeros = load_group(args_, panel_, 2 * block + t / 2, lane_).zeros;
-    const Fragments<X> fragments = unpack<X, kBits>(t, pieces, zeros);
+    if (has_halves()) zeros_ = load_zeros(args_, at(2 * block + t / 2));
+    const Fragments<X> fragments = unpack<X, kBits>(t, pieces, zeros_);
     OW_NO_UNROLL
-    for (int half = 0; half < halves_; ++half) {
-      if (halves_ == 2) {
+    for (int half = 0; half <= has_halves(); ++half) {
+      if (has_halves()) {
         group_ = 2 * block + half;
-        now_ = load_group(args_, panel_, group_, lane_);
+        next_zeros_ = load_zeros(args_, at(group_));
+        begin_group();
       }
-      multiply(fragments, halves_ == 1 || t / 2 == half, read_x);
-      if (halves_ == 2 || --left_ == 0 || last) end_group();
+      multiply(fragments, !has_halves() || t / 2 == half, read_x);
+      if (has_halves() || --left_ == 0 || last) end_group();
     }
   }
 
@@ -227,6 +225,12 @@ class PanelSum {
   // Zero points that a signed byte has no room for.
   static constexpr bool kSumsX = sizeof(X) == 1 && kBits == 8;
 
+  // Whether a block is two groups; if not, the blocks of a group.
+  OW_DEVICE bool has_halves() const { return args_.groups > 1 && args_.group_size < kBlockK; }
+  OW_DEVICE int group_blocks() const {
+    return int((args_.groups == 1 ? args_.k_padded : args_.group_size) / kBlockK);
+  }
+
   template <class ReadX>
   OW_DEVICE void multiply(const Fragments<X>& fragments, bool keep, const ReadX& read_x) {
     OW_UNROLL
@@ -245,11 +249,20 @@ class PanelSum {
     }
   }
 
+  OW_DEVICE int64_t at(int group) const { return group_at(args_, panel_, group, lane_); }
+
+  // Zero points are needed at once, and loaded a group ahead; scales at the end of the group.
+  OW_DEVICE void begin_group() {
+    zeros_ = next_zeros_;
+    next_zeros_ = load_zeros(args_, at(group_ + 1));
+    scales_ = load_scales(args_, at(group_));
+  }
+
   // The exact sum of the group, or of its blocks so far, as a float.
   OW_DEVICE float sum_of(int j, int i) {
     Sum sum = sum_[j][i / 4][i % 4];
     if constexpr (kSumsX) {
-      const int zero = int(now_.zeros >> (i / 2 * 8) & 255);
+      const int zero = int(zeros_ >> (i / 2 * 8) & 255);
       sum -= (zero - 128) * x_sum_[j][i % 2];
     }
     return float(sum);
@@ -257,7 +270,7 @@ class PanelSum {
 
   OW_DEVICE void end_group() {
     float scales[4];
-    scales_of(now_, args_.w_scales_type, scales);
+    scales_of(scales_, args_.w_scales_type, scales);
     OW_UNROLL
     for (int j = 0; j < kTiles / kDigits; ++j) {
       OW_UNROLL
@@ -278,24 +291,22 @@ class PanelSum {
       OW_UNROLL
       for (int i = 0; i < 4; ++i) x_sum_[j][i] = 0;
     }
-    if (halves_ == 2) return;
+    if (has_halves()) return;
     ++group_;
-    left_ = blocks_;
-    now_ = next_;
-    next_ = load_group(args_, panel_, group_ + 1, lane_);
+    left_ = group_blocks();
+    begin_group();
   }
 
   OW_DEVICE float x_scale(int j, int i) const {
-    const int64_t row = min_of(row0_ + j * kRowTile + lane_ % 4 * 2 + i, args_.m - 1);
+    const int64_t row = min_of(int64_t{row0_} + j * kRowTile + lane_ % 4 * 2 + i, args_.m - 1);
     return args_.x_scales[row * args_.groups + min_of(group_, args_.groups - 1)];
   }
 
   const LowbitGemmArgs& args_;
-  int64_t panel_, row0_;
-  int lane_;
-  int halves_, blocks_;  // groups of a block, or blocks of a group
-  int group_ = 0, left_ = 0;
-  Group now_{}, next_{};
+  int panel_, row0_, lane_;
+  int group_ = 0, left_ = 0;  // blocks of the group
+  uint32_t zeros_ = 0, next_zeros_ = 0;
+  uint4 scales_{};
   Sum sum_[kTiles][2][4] = {};
   int x_sum_[kTiles][4] = {};
   float total_[kTiles / kDigits][2][4] = {};

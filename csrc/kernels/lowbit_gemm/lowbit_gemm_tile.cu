@@ -35,6 +35,8 @@ class Pipeline {
 
   template <int kDigits>
   OW_DEVICE void copy(int stage, int64_t row0, int step) {
+    // Not unrolled, as the addresses of all rows would be kept in registers that sums need.
+    OW_NO_UNROLL
     for (int p = int(threadIdx.x); p < kTiles * kRowTile * kRowPieces; p += kThreads) {
       const int row = p / kRowPieces;
       const int piece = p % kRowPieces;
@@ -135,7 +137,8 @@ OW_DEVICE void sum_segment(const LowbitGemmArgs& args, const Segment& segment, i
     const int ahead = step + kStages - 1;
     if (ahead < last) pipeline.template copy<kDigits>((stage + kStages - 1) % kStages, row0, ahead);
     ptx::cp_async_commit_group();
-    OW_UNROLL
+    // Not unrolled either: one block of 64 rows takes all registers.
+    OW_NO_UNROLL
     for (int b = 0; b < kStepBlocks; ++b) {
       const int block = step * kStepBlocks + b;
       if (block >= blocks) break;
