@@ -72,6 +72,12 @@ OW_DEVICE void cp_async_cg_16(void* shared, const void* global, int bytes) {
                "l"(global), "r"(bytes)
                : "memory");
 }
+// 4 bytes, or none of them and zero; by L1. Both sides are aligned to 4.
+OW_DEVICE void cp_async_ca_4(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
 OW_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most kPending of this thread's groups are on their way.
 template <int kPending>

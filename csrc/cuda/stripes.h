@@ -49,11 +49,12 @@ OW_INLINE bool is_whole(const Stripes& s, const Segment& segment) {
 
 OW_INLINE bool has_cuts(const Stripes& s) { return s.tiles % s.blocks != 0; }
 
-// The part that a block writes its sum of a cut tile to. It cuts at most two: the tile its stripe
-// begins in, and the one it ends in.
+// A block cuts at most the tile its stripe begins in and the one it ends in, and has a part to
+// write its sum of each to.
 OW_INLINE int64_t part_count(const Stripes& s) { return 2 * s.blocks; }
+OW_INLINE int64_t part_at_begin(int64_t block) { return 2 * block; }
 OW_INLINE int64_t part_of(const Stripes& s, int64_t block, int64_t tile) {
-  return 2 * block + (first_unit(s, block) / s.steps != tile);
+  return part_at_begin(block) + (first_unit(s, block) / s.steps != tile);
 }
 
 }  // namespace ow

@@ -162,6 +162,16 @@ void check_count_odd() {
   report("votes, an atomic, a warp barrier", total[0] != odd);
 }
 
+void check_copy_words() {
+  Array<uint32_t> x(kSumThreads), y(kSumThreads);
+  for (int i = 0; i < kSumThreads; ++i) x[i] = random_bits();
+  require(launch("copy_words", copy_words, dim3(1), kSumThreads, 0, nullptr, x.send(), y.send()));
+  y.receive();
+  int wrong = 0;
+  for (int i = 0; i < kSumThreads; ++i) wrong += y[i] != (i % 3 == 0 ? 0 : x[i]);
+  report("cp.async.ca of 4 bytes", wrong);
+}
+
 void check_registers() {
   const int n = 4096;
   Array<uint32_t> a(n), b(n), out(kRegisterCases * n);
@@ -223,6 +233,7 @@ int run() {
   check_gemm_s8();
   check_sum_rows();
   check_count_odd();
+  check_copy_words();
   check_registers();
   return failures;
 }

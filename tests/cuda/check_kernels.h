@@ -194,6 +194,17 @@ OW_DEVICE uint32_t bf16_pair(int low, int high) {
   return float_to_bits(float(low)) >> 16 | (float_to_bits(float(high)) & 0xffff0000);
 }
 
+// y[i] = x[i] where i % 3 != 0, by way of shared memory; else 0.
+static __global__ void copy_words(const uint32_t* x, uint32_t* y) {
+  __shared__ uint32_t words[kSumThreads];
+  const int thread = int(threadIdx.x);
+  words[thread] = ~0u;
+  ptx::cp_async_ca_4(&words[thread], x + thread, thread % 3 == 0 ? 0 : 4);
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  y[thread] = words[thread];
+}
+
 // The instructions on registers: out[kRegisterCases i ..] from a[i], b[i] and f[i].
 constexpr int kRegisterCases = 7;
 static __global__ void registers(const uint32_t* a, const uint32_t* b, const float* f,

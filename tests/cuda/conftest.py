@@ -1,12 +1,12 @@
-"""Devices of operators, and the emulation, compiled once a flavour."""
+"""Devices of operators, and programs of the emulation."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from .emulated_programs import CSRC, compile_emulated
+from .emulated_programs import Program, Workshop
 
 
 @pytest.fixture(params=("emulated", "cuda"))
@@ -15,24 +15,14 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _objects(flavour: str, factory: pytest.TempPathFactory) -> Path:
-    folder = factory.getbasetemp() / f"emulation-{flavour}"
-    if not folder.is_dir():
-        folder.mkdir()
-        for source in sorted((CSRC / "testing" / "cuda").glob("*.cpp")):
-            compile_emulated(flavour, [source], folder / f"{source.stem}.o", "-c")
-    return folder
-
-
-@pytest.fixture(params=("plain", "tsan"))
-def flavour(request: pytest.FixtureRequest) -> str:
-    """Of a build: what it is checked with."""
-    return str(request.param)
-
-
-@pytest.fixture
-def emulation(flavour: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The emulation's objects in that flavour, in a folder of their own."""
-    folder = _objects(flavour, tmp_path_factory)
-    sources = sorted((CSRC / "testing" / "cuda").glob("*.cpp"))
-    return [folder / f"{source.stem}.o" for source in sources]
+@pytest.fixture(scope="session")
+def workshop(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workshop]:
+    """Where the programs of all tests are being built."""
+    workshop = Workshop(tmp_path_factory.mktemp("workshop"))
+    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    programs = [call.params.get("program") for call in calls]
+    workshop.begin(program for program in programs if isinstance(program, Program))
+    yield workshop
+    workshop.end()

@@ -46,6 +46,9 @@ class DeviceKernel:
             raise ValueError(f"{self.name}: registers must be a multiple of 8, dynamic <= shared")
 
 
+DENSE = frozenset({"HMMA"})
+SPARSE = frozenset({"HMMA.SP"})
+
 # Kernels of openwork_cuda.so. The first row whose name matches decides.
 KERNELS = (
     DeviceKernel("encode_rows_int8<*>", 256, 64, shared=32),
@@ -59,6 +62,22 @@ KERNELS = (
     DeviceKernel("hadamard_in_blocks<*, 4, 8>", 256, 48, shared=32 << 10, dynamic=32 << 10),
     DeviceKernel("hadamard_in_blocks<*, 4, 16>", 512, 64, shared=64 << 10, dynamic=64 << 10),
     DeviceKernel("hadamard_in_blocks<*, 8, 16>", 512, 128, shared=64 << 10, dynamic=64 << 10),
+    # N:M weights: 2:4, by bits of a value; any pattern, by pieces of w and of x.
+    DeviceKernel("nm_few<NmSparseStream<*>, 1>", 256, 80, 8192, tensor=SPARSE),
+    DeviceKernel("nm_few<NmDenseStream<*, 1>, *>", 256, 96, 26624, 18432, tensor=DENSE),
+    DeviceKernel("nm_few<NmDenseStream<*, 3>, *>", 256, 104, 63488, 55296, tensor=DENSE),
+    DeviceKernel("nm_many<NmSparseTiles<*, 16>, 1>", 256, 128, 82944, 82944, tensor=SPARSE),
+    DeviceKernel("nm_many<NmSparseTiles<*, 8>, 1>", 256, 128, 43008, 43008, tensor=SPARSE),
+    DeviceKernel("nm_many<NmSparseTiles<*, 4>, 1>", 256, 128, 36864, 36864, tensor=SPARSE),
+    DeviceKernel("nm_many<NmDenseTiles<*, 1>, 1>", 256, 128, 46080, 46080, tensor=DENSE),
+    DeviceKernel("nm_many<NmDenseTiles<*, 1>, 3>", 256, 128, 73728, 73728, tensor=DENSE),
+    DeviceKernel("nm_many<NmDenseTiles<*, 3>, 1>", 256, 176, 73728, 73728, tensor=DENSE),
+    DeviceKernel("nm_many<NmDenseTiles<*, 3>, 3>", 256, 152, 82944, 82944, tensor=DENSE),
+    DeviceKernel("lay_out_rows<*>", 256, 24),
+    DeviceKernel("find_excess", 128, 40),
+    DeviceKernel("pack_units", 128, 64),
+    DeviceKernel("expand_blocks", 128, 48),
+    DeviceKernel("copy_scales<*>", 128, 24),
 )
 
 # Those of tests/cuda/check_kernels.h.
@@ -68,6 +87,7 @@ CHECK_KERNELS = (
     DeviceKernel("gemm_sparse<*>", 32, 48, tensor=frozenset({"HMMA.SP"})),
     DeviceKernel("sum_rows", 128, 40, shared=128),
     DeviceKernel("count_odd", 128, 16, shared=512),
+    DeviceKernel("copy_words", 128, 16, shared=512),
     DeviceKernel("registers", 32, 32),
 )
 
@@ -131,6 +151,21 @@ class Floor:
 FLOORS = (
     Floor("`quantize_rows`, 4096 x 4096 bf16", 4096 * 4096 * 3 + 4096 * 4, 0),
     Floor("`hadamard`, 4096 x 4096 bf16", 2 * 4096 * 4096 * 2, 12 * 4096 * 4096, "fp32"),
+    # x of 16 bits. Bits of a weight: half of a value, an index, scales of 16 bits for 128 columns.
+    *(
+        Floor(
+            f"`nm_linear` {pattern} {dtype}, 4096 x 4096, m = {m}",
+            int(4096 * 4096 * bits / 8) + m * 8192 * 2,
+            2 * m * 4096 * 4096,
+            sparse=pattern == "2:4",
+        )
+        for pattern, dtype, bits in (
+            ("2:4", "bf16", 9),
+            ("2:4", "int4", 3.125),
+            ("4:8", "bf16", 9.5),
+        )
+        for m in (1, 16, 512)
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .emulated_programs import ROOT, compile_emulated, run_emulated
+from .emulated_programs import Program, Workshop
 
 # The enumeration in check_kernels.h.
 DEFECTS = (
@@ -29,30 +29,33 @@ DEFECTS = (
 RACES = (1, 3, 6, 8, 9)
 
 
-def _check(flavour: str, emulation: list[Path], out: Path, defect: int) -> Path:
-    check = ROOT / "tests" / "cuda" / "check.cu"
-    kernel = out / "check.o"
-    compile_emulated(flavour, [check], kernel, f"-DOW_DEFECT={defect}", "-x", "c++", "-c")
-    compile_emulated(flavour, [kernel, *emulation], out / "check")
-    return out / "check"
+def _program(flavour: str, defect: int = 0, seeds: tuple[int, ...] = (0,)) -> Program:
+    check = Path(__file__).with_name("check.cu")
+    return Program(flavour, (check,), (f"-DOW_DEFECT={defect}",), seeds=seeds)
 
 
-def test_right_kernels_pass(flavour: str, emulation: list[Path], tmp_path: Path) -> None:
-    check = _check(flavour, emulation, tmp_path, 0)
-    for seed in (0, 1, 2, 3):
-        done = run_emulated(check, seed)
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(_program(f, seeds=(0, 1, 2, 3)), id=f) for f in ("plain", "tsan")],
+)
+def test_right_kernels_pass(program: Program, workshop: Workshop) -> None:
+    for done in workshop.outcomes(program):
         assert done.returncode == 0, done.stdout + done.stderr[:4000]
         assert "FAIL" not in done.stdout
         assert "WARNING" not in done.stderr
 
 
-@pytest.mark.parametrize("defect", range(1, len(DEFECTS) + 1), ids=lambda d: DEFECTS[d - 1])
-def test_planted_defect_is_found(
-    flavour: str, emulation: list[Path], tmp_path: Path, defect: int
-) -> None:
-    if flavour == "tsan" and defect not in RACES:
-        pytest.skip("no race")
-    done = run_emulated(_check(flavour, emulation, tmp_path, defect), 0)
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(_program(flavour, defect), id=f"{flavour}: {name}")
+        for defect, name in enumerate(DEFECTS, 1)
+        for flavour in ("plain", "tsan")
+        if flavour == "plain" or defect in RACES
+    ],
+)
+def test_planted_defect_is_found(program: Program, workshop: Workshop) -> None:
+    (done,) = workshop.outcomes(program)
     assert done.returncode != 0, done.stdout
-    if flavour == "tsan":
+    if program.flavour == "tsan":
         assert "data race" in done.stderr

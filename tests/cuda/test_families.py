@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .emulated_programs import CSRC, compile_emulated, run_emulated
+from .emulated_programs import CSRC, FLAVOURS, Change, Program, Workshop
 
 # Families with CUDA kernels, and the sources that their checks are made of. That of nm_gemm
 # includes the kernels: all that nm_gemm.cu makes of them take too long to compile.
@@ -143,56 +143,48 @@ DEFECTS = (
 )  # fmt: skip
 
 
-def _program(
-    flavour: str, family: str, emulation: list[Path], out: Path, defect: Defect | None = None
-) -> Path:
-    include = out / "include"
-    folder = include / "kernels" / family
+def _program(family: str, flavour: str, defect: Defect | None = None) -> Program:
+    folder = CSRC / "kernels" / family
+    check = Path(__file__).with_name(f"check_{family}.cpp")
+    change = None
     if defect is not None:
-        text = (CSRC / "kernels" / family / defect.source).read_text()
-        assert text.count(defect.old) >= 1, f"{defect.source} has no {defect.old!r}"
-        folder.mkdir(parents=True)
-        (folder / defect.source).write_text(text.replace(defect.old, defect.new, 1))
-    objects = []
-    for name in (f"check_{family}.cpp", *FAMILIES[family]):
-        # Checks are here; of the family's sources, one may have a defect.
-        folders = (Path(__file__).parent, folder, CSRC / "kernels" / family)
-        source = next(f / name for f in folders if (f / name).is_file())
-        # What a defect does not reach is compiled once.
-        reached = defect is not None and (defect.source.endswith(".h") or defect.source == name)
-        objects.append((out if reached else emulation[0].parent) / f"{source.stem}.o")
-        if objects[-1].is_file():
-            continue
-        flags = ["-DOW_TARGET=scalar", "-x", "c++", "-c"]
-        compile_emulated(flavour, [source], objects[-1], *flags, include=include)
-    program = out / family
-    compile_emulated(flavour, [*objects, *emulation], program)
-    return program
+        text = (folder / defect.source).read_text()
+        assert defect.old in text, f"{defect.source} has no {defect.old!r}"
+        change = Change(folder / defect.source, text.replace(defect.old, defect.new, 1))
+    seeds = (0, 1, 2) if flavour == "plain" and defect is None else (0,)
+    sources = (check, *(folder / name for name in FAMILIES[family]))
+    return Program(flavour, sources, change=change, seeds=seeds)
 
 
-@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_the_scalar_kernels(
-    family: str, flavour: str, emulation: list[Path], tmp_path: Path
-) -> None:
-    program = _program(flavour, family, emulation, tmp_path)
-    for seed in (0, 1, 2) if flavour == "plain" else (0,):
-        done = run_emulated(program, seed)
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(_program(family, flavour), id=f"{family}-{flavour}")
+        for family in FAMILIES
+        for flavour in FLAVOURS
+    ],
+)
+def test_equal_to_the_scalar_kernels(program: Program, workshop: Workshop) -> None:
+    for done in workshop.outcomes(program):
         assert done.returncode == 0, done.stdout + done.stderr[:4000]
         assert not done.stderr
 
 
 @pytest.mark.parametrize(
-    ("flavour", "defect"),
-    [("tsan" if d.race else "plain", d) for d in DEFECTS],
-    ids=lambda value: f"{value.family}: {value.name}" if isinstance(value, Defect) else value,
+    ("program", "race"),
+    [
+        pytest.param(
+            _program(d.family, "tsan" if d.race else "plain", d),
+            d.race,
+            id=f"{d.family}: {d.name}",
+        )
+        for d in DEFECTS
+    ],
 )
-def test_planted_defect_is_found(
-    defect: Defect, flavour: str, emulation: list[Path], tmp_path: Path
-) -> None:
-    done = run_emulated(_program(flavour, defect.family, emulation, tmp_path, defect), 0)
+def test_planted_defect_is_found(program: Program, race: bool, workshop: Workshop) -> None:
+    (done,) = workshop.outcomes(program)
     assert done.returncode != 0, done.stdout
-    assert not defect.race or "data race" in done.stderr
+    assert not race or "data race" in done.stderr
 
 
 def test_every_family_is_checked() -> None:

@@ -16,8 +16,8 @@ from .devices import emulated_operator, overload
 
 # Operators with a CUDA implementation, and those whose case is a way there and back, which tests
 # of their own go.
-NAMES = ("quantize_rows", "hadamard", "lowbit_linear", "lowbit_embedding")
-ROUND_TRIPS = ("pack_lowbit",)
+NAMES = ("quantize_rows", "hadamard", "lowbit_linear", "lowbit_embedding", "nm_linear")
+ROUND_TRIPS = ("pack_lowbit", "compress_nm")
 COVERED = [case for case in CASES if case.name in NAMES]
 REFUSING = [case for case in CASES if case.name in (*NAMES, *ROUND_TRIPS)]
 # To see these values the host would have to wait for the device.

@@ -7,7 +7,7 @@
 namespace ow {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 LowbitGemmShape shape_for(const LowbitGemmArgs& args) {
   if (args.m <= kRowsShape.rows) return kRowsShape;
@@ -35,13 +35,16 @@ __global__ void __launch_bounds__(kThreads)
   if (first == last) return;
   const int64_t i0 = tile % task.row_tiles * rows;
   const int64_t n0 = tile / task.row_tiles * outputs;
-  for (int at = int(threadIdx.x); at < rows * outputs; at += kThreads) {
+  const int64_t first_part = part_of(stripes, first, tile);
+  const int size = rows * outputs;
+  for (int at = int(threadIdx.x); at < size; at += kThreads) {
     const int64_t i = i0 + at / outputs;
     const int64_t n = n0 + at % outputs;
     if (i >= task.args.m || n >= task.args.n) continue;
-    float value = 0.0f;
-    for (int64_t block = first; block <= last; ++block) {
-      value += task.parts[part_of(stripes, block, tile) * rows * outputs + at];
+    float value = task.parts[first_part * size + at];
+    // The stripes of the other blocks begin in this tile.
+    for (int64_t block = first + 1; block <= last; ++block) {
+      value += task.parts[part_at_begin(block) * size + at];
     }
     write_output(task.args, i, n, value);
   }

@@ -2,25 +2,15 @@
 
 #include "core/types.h"
 #include "cuda/launch.h"
+#include "kernels/nm_gemm/nm_gemm_choice_cuda.h"
 #include "kernels/nm_gemm/nm_gemm_cuda.h"
-#include "kernels/nm_gemm/nm_gemm_few_cuda.h"
-#include "kernels/nm_gemm/nm_gemm_many_cuda.h"
 
 namespace ow {
 namespace {
 
-// fp16 where x is, and the weight's values are or are codes; else bf16, of which anything else can
-// be made.
-bool multiplies_f16(const NmGemmArgs& a) {
-  const bool exact = a.bits <= 8 || (a.bits == 16 && a.value_type == FloatType::f16);
-  return !a.int8 && a.y_type == FloatType::f16 && exact;
-}
-int x_pieces(const NmGemmArgs& a) {
-  return a.int8 || a.y_type == FloatType::bf16 || multiplies_f16(a) ? 1 : 3;
-}
 // Rows of 16-bit floats that copies of 16 bytes can fetch.
 bool reads_x_directly(const NmGemmArgs& a) {
-  return !a.int8 && x_pieces(a) == 1 && a.k % 8 == 0 && uintptr_t(a.x) % 16 == 0;
+  return !a.int8 && nm_x_pieces(a) == 1 && a.k % 8 == 0 && uintptr_t(a.x) % 16 == 0;
 }
 
 NmRows rows_of(const NmGemmArgs& a) {
@@ -72,15 +62,13 @@ LaunchStatus launch_lay_out(const NmGemmArgs& a, const NmRows& to, void* stream)
 
 LaunchStatus launch_rows(const NmGemmArgs& a, const NmRows& to, void* stream) {
   if (a.int8) return launch_lay_out<int8_t, bf16, 1>(a, to, stream);
-  if (multiplies_f16(a)) return launch_lay_out<f16, f16, 1>(a, to, stream);
+  if (nm_multiplies_f16(a)) return launch_lay_out<f16, f16, 1>(a, to, stream);
   switch (a.y_type) {
     case FloatType::bf16: return launch_lay_out<bf16, bf16, 1>(a, to, stream);
     case FloatType::f16: return launch_lay_out<f16, bf16, 3>(a, to, stream);
     default: return launch_lay_out<float, bf16, 3>(a, to, stream);
   }
 }
-
-// --- The product ---------------------------------------------------------------------------------
 
 // Columns after which a sum is scaled. int8 products are below 2^14, so that fp32 sums of 2^10 of
 // them are exact.
@@ -91,58 +79,10 @@ int32_t span_of(const NmGemmArgs& a) {
   return int32_t(kExact / a.kept * a.block / kNmTile * kNmTile);
 }
 
-template <class Stream, class Tiles, int kXPieces>
-LaunchStatus launch_product(const NmGemmArgs& a, const NmRows& x, void* stream) {
-  const int64_t panels = div_up(a.n, kNmPanel);
-  if (a.m <= kNmFewRows) {
-    const int32_t span = int32_t(min_of(span_of(a), kNmTile));
-    return launch("nm_few", nm_few<Stream, kXPieces>, dim3(unsigned(panels)), kNmFewThreads,
-                  Stream::kSharedBytes, stream, a, x, span);
-  }
-  using Shape = NmManyShape<Tiles, kXPieces>;
-  const int64_t blocks = div_up(panels, kNmPanels) * div_up(a.m, Shape::kTokens);
-  return launch("nm_many", nm_many<Tiles, kXPieces>, dim3(unsigned(blocks)), kNmManyThreads,
-                Shape::kSharedBytes, stream, a, x, span_of(a));
-}
-
-template <class T, int kBits, int kXPieces>
-LaunchStatus launch_sparse(const NmGemmArgs& a, const NmRows& x, void* stream) {
-  return launch_product<NmSparseStream<T, kBits>, NmSparseTiles<T, kBits>, kXPieces>(a, x, stream);
-}
-template <class T, int kPieces, int kXPieces>
-LaunchStatus launch_dense(const NmGemmArgs& a, const NmRows& x, void* stream) {
-  return launch_product<NmDenseStream<T, kPieces>, NmDenseTiles<T, kPieces>, kXPieces>(a, x,
-                                                                                       stream);
-}
-
-LaunchStatus launch_f16(const NmGemmArgs& a, const NmRows& x, void* stream) {
-  if (a.kept != 2 || a.block != 4) return launch_dense<f16, 1, 1>(a, x, stream);
-  switch (a.bits) {
-    case 4: return launch_sparse<f16, 4, 1>(a, x, stream);
-    case 8: return launch_sparse<f16, 8, 1>(a, x, stream);
-    default: return launch_sparse<f16, 16, 1>(a, x, stream);
-  }
-}
-
-template <int kXPieces>
-LaunchStatus launch_bf16(const NmGemmArgs& a, const NmRows& x, void* stream) {
-  const bool f16_values = a.bits == 16 && a.value_type == FloatType::f16;
-  if (a.kept == 2 && a.block == 4 && !f16_values) {
-    switch (a.bits) {
-      case 4: return launch_sparse<bf16, 4, kXPieces>(a, x, stream);
-      case 8: return launch_sparse<bf16, 8, kXPieces>(a, x, stream);
-      case 16: return launch_sparse<bf16, 16, kXPieces>(a, x, stream);
-      default: return launch_sparse<bf16, 32, kXPieces>(a, x, stream);
-    }
-  }
-  if (a.bits == 32 || f16_values) return launch_dense<bf16, 3, kXPieces>(a, x, stream);
-  return launch_dense<bf16, 1, kXPieces>(a, x, stream);
-}
-
 }  // namespace
 
 int64_t nm_cuda_laid_bytes(const NmGemmArgs& args) {
-  return reads_x_directly(args) ? 0 : x_pieces(args) * args.m * round_up(args.k, 8) * 2;
+  return reads_x_directly(args) ? 0 : nm_x_pieces(args) * args.m * round_up(args.k, 8) * 2;
 }
 
 LaunchStatus launch_nm_gemm(const NmGemmArgs& args, void* stream) {
@@ -151,8 +91,8 @@ LaunchStatus launch_nm_gemm(const NmGemmArgs& args, void* stream) {
     const LaunchStatus status = launch_rows(args, x, stream);
     if (status.error != 0) return status;
   }
-  if (multiplies_f16(args)) return launch_f16(args, x, stream);
-  return x_pieces(args) == 1 ? launch_bf16<1>(args, x, stream) : launch_bf16<3>(args, x, stream);
+  return args.m <= kNmFewRows ? launch_nm_few(args, x, span_of(args), stream)
+                              : launch_nm_many(args, x, span_of(args), stream);
 }
 
 }  // namespace ow

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) find_excess(NmPackArgs a, NmFaults* 
 }
 
 // A thread a unit of a group of outputs, whose index bytes no other thread writes.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     pack_units(NmPackArgs a, uint8_t* values, uint8_t* index) {
   const int64_t units = nm_units(a.k, a.kept, a.block);
   const int64_t i = thread_of_grid();

@@ -7,7 +7,7 @@
 //
 //   2:4   A unit is 64 columns: two steps of mma.sp m16n8k32. Line b of nm16_n16k2 is what the
 //         outputs keep of block b, two 16-bit floats in a word of 32 bits: a register of the sparse
-//         operand. Words of fp32, int8 and int4 become such registers on the way. The two words of
+//         operand. Words of int8 and int4 become such registers on the way. The two words of
 //         an index, turned to nibbles, are the metadata of both steps: those of step 0 are read by
 //         lanes 0 and 1 of each four, those of step 1 by lanes 2 and 3 (the selectors of mma.sp).
 #pragma once
@@ -22,6 +22,7 @@
 
 namespace ow {
 
+constexpr int kNmFewRows = 16;       // of x, up to which weights stream
 constexpr int kNmStep = 32;          // columns: an mma.sp, or two mma
 constexpr int kNmTile = 64;          // columns that are loaded together: a unit of 2:4
 constexpr int kNmRow = kNmTile + 8;  // 16-bit floats; ldmatrix of 8 such rows meets no bank twice
@@ -50,29 +51,27 @@ OW_DEVICE void split(float low, float high, uint32_t (&pieces)[kPieces]) {
 // --- 2:4 -----------------------------------------------------------------------------------------
 
 // The A of a step.
-template <class T, int kPieces>
+template <class T>
 struct NmSparse {
-  uint32_t a[kPieces][4];
+  uint32_t a[4];
   uint32_t metadata;
 };
 
-// x and a of one step; selector = step.
-template <class T, int kPieces>
-OW_DEVICE void multiply(float (&d)[4], const NmSparse<T, kPieces>& w, int piece, int step,
+// x and the one piece of a, of one step; selector = step.
+template <class T>
+OW_DEVICE void multiply(float (&d)[4], const NmSparse<T>& w, int, int step,
                         const uint32_t (&b)[4]) {
   if (step == 0) {
-    mma_sparse<0>(T{}, d, w.a[piece], b, w.metadata);
+    mma_sparse<0>(T{}, d, w.a, b, w.metadata);
   } else {
-    mma_sparse<1>(T{}, d, w.a[piece], b, w.metadata);
+    mma_sparse<1>(T{}, d, w.a, b, w.metadata);
   }
 }
 
-// What one lane needs of the values of one step of a panel.
+// What one lane needs of the values of one step of a panel, of 16 bits or less.
 template <class T, int kBits>
 struct NmWords {
-  static constexpr int kPieces = kBits == 32 ? 3 : 1;
-  static constexpr int kWords = kBits == 32 ? 2 : 1;  // of two slots
-  uint32_t words[4][kWords];                          // for each register of A
+  uint32_t words[4];  // for each register of A
 
   // From a unit's values. Where those are swizzled, the halves of every third and fourth line of 64
   // bytes are swapped: lanes that read at once then meet no bank of shared memory twice.
@@ -81,34 +80,25 @@ struct NmWords {
     for (int i = 0; i < 4; ++i) {
       const fragments::Element e = fragments::a_sp_m16n8k32(lane, 2 * i);
       const int block = step * (kNmStep / 4) + e.column / 4;
-      OW_UNROLL
-      for (int word = 0; word < kWords; ++word) {
-        const int line = block * kBits / 16 + word;
-        const int at = e.row * 4 ^ (swizzled ? line % 4 / 2 * 32 : 0);
-        words[i][word] = *reinterpret_cast<const uint32_t*>(unit + line * 64 + at);
-      }
+      const int line = block * kBits / 16;
+      const int at = line * 64 + (e.row * 4 ^ (swizzled ? line % 4 / 2 * 32 : 0));
+      words[i] = *reinterpret_cast<const uint32_t*>(unit + at);
     }
   }
 
-  OW_DEVICE void decode(int lane, NmSparse<T, kPieces>& to) const {
+  OW_DEVICE void decode(int lane, uint32_t (&a)[4]) const {
     OW_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const uint32_t word = words[i][0];
-      if constexpr (kBits == 32) {
-        uint32_t pieces[kPieces];
-        split(bits_to_float(word), bits_to_float(words[i][1]), pieces);
-        OW_UNROLL
-        for (int piece = 0; piece < kPieces; ++piece) to.a[piece][i] = pieces[piece];
-      } else if constexpr (kBits == 16) {
-        to.a[0][i] = word;
+      if constexpr (kBits == 16) {
+        a[i] = words[i];
       } else {
         // Two's complement as codes from 0; the block is number lane % 4 of four.
         constexpr uint32_t kZero = 1 << (kBits - 1);
         const uint32_t nibbles = lane % 4 / 2 * 4;
-        const uint32_t codes = kBits == 4 ? word >> nibbles & 0x0f0f0f0f : word;
+        const uint32_t codes = kBits == 4 ? words[i] >> nibbles & 0x0f0f0f0f : words[i];
         const uint32_t first = lane % 2 * 2;
-        to.a[0][i] = CodePairs<T>::template less<kBits>(codes ^ kZero * 0x01010101,
-                                                        byte_pair(first, first + 1), kZero);
+        a[i] = CodePairs<T>::template less<kBits>(codes ^ kZero * 0x01010101,
+                                                  byte_pair(first, first + 1), kZero);
       }
     }
   }
@@ -233,14 +223,14 @@ OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int c
 
 // --- Sums and results ----------------------------------------------------------------------------
 
-// Of the panel's outputs row and row + 8 of a lane's sums, in the group of `column`; 1 for values
-// without scales. Columns past k, which add nothing, count to the last group.
-OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int column, int lane,
+// Of the panel's outputs row and row + 8 of a lane's sums, in group g; 1 for values without scales.
+// Columns past k, which add nothing, may be in groups past the last.
+OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int g, int lane,
                            float (&scales)[2]) {
-  const int64_t g = min_of(column / int(a.group_size), a.groups - 1);
+  const int64_t group = panel * a.groups + min_of(g, a.groups - 1);
   OW_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int64_t at = (panel * a.groups + g) * kNmPanel + fragments::d_m16n8(lane, 2 * half).row;
+    const int64_t at = group * kNmPanel + fragments::d_m16n8(lane, 2 * half).row;
     scales[half] = a.scales == nullptr ? 1.0f : read_float(a.scales, a.scales_type, at);
   }
 }

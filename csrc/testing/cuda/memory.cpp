@@ -70,17 +70,16 @@ void carry_out(const Copy& copy) {
   }
 }
 
-}  // namespace
-
-void cp_async_cg_16(void* shared, const void* global, int bytes, const emulation::Where& where) {
+void copy_async(void* shared, const void* global, int size, int bytes,
+                const emulation::Where& where) {
   Thread& self = emulation::current();
-  if (uintptr_t(shared) % 16 != 0 || (bytes != 0 && uintptr_t(global) % 16 != 0)) {
-    emulation::fail("an address of cp.async is not aligned to 16 bytes", where);
+  if (uintptr_t(shared) % size != 0 || (bytes != 0 && uintptr_t(global) % size != 0)) {
+    emulation::fail("an address of cp.async is not aligned to its size", where);
   }
   if (self.copy_count == Thread::kMaxCopies) {
     emulation::fail("a thread has too many cp.async on their way", where);
   }
-  const Copy copy{shared, global, 16, bytes, self.copy_group};
+  const Copy copy{shared, global, size, bytes, self.copy_group};
 #if defined(__SANITIZE_THREAD__)
   // It may write at any time until the wait: touch both ends.
   carry_out(copy);
@@ -92,6 +91,15 @@ void cp_async_cg_16(void* shared, const void* global, int bytes, const emulation
     self.copies[self.copy_count++] = copy;
   }
 #endif
+}
+
+}  // namespace
+
+void cp_async_cg_16(void* shared, const void* global, int bytes, const emulation::Where& where) {
+  copy_async(shared, global, 16, bytes, where);
+}
+void cp_async_ca_4(void* shared, const void* global, int bytes, const emulation::Where& where) {
+  copy_async(shared, global, 4, bytes, where);
 }
 
 OW_UNCHECKED void cp_async_commit_group() { ++emulation::current().copy_group; }

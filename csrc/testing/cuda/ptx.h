@@ -15,6 +15,7 @@ uint32_t cvt_rn_bf16x2_f32(float high, float low);
 uint32_t cvt_rn_f16x2_f32(float high, float low);
 
 void cp_async_cg_16(void* shared, const void* global, int bytes, OW_HERE);
+void cp_async_ca_4(void* shared, const void* global, int bytes, OW_HERE);
 void cp_async_commit_group();
 void cp_async_wait(int pending);
 template <int kPending>

@@ -52,8 +52,9 @@ def compress_nm(
 
     Args:
         weight: ``[n, k]`` float32, bfloat16 or float16, kept as they are (float16 multiplies on a
-            GPU only); or uint8 codes, each in ``0 .. 2**bits - 1``, of the weight ``scales[n, g] * (codes[n, k] - 2**(bits - 1))``
-            with ``g = k // group_size``, as a symmetric :func:`openwork.quant.rtn` makes them.
+            GPU only); or uint8 codes, each in ``0 .. 2**bits - 1``, of the weight
+            ``scales[n, g] * (codes[n, k] - 2**(bits - 1))`` with ``g = k // group_size``, as a
+            symmetric :func:`openwork.quant.rtn` makes them.
         pattern: ``(N, M)`` with M = 4, 8, 16 or 32 and N < M.
         mask: ``[n, k]`` bool, true for what is kept, or None: what is not zero is kept.
         vector: 1, 8, 16 or 32.
@@ -103,8 +104,8 @@ def expand_nm(weight: NmWeight) -> tuple[Tensor, Tensor | None]:
     """The inverse of :func:`compress_nm`: dense, with zeros where nothing is kept.
 
     Returns:
-        ``[n, k]`` of the dtype of the values, or uint8 codes (``2**(bits - 1)`` is zero), and the scales
-        ``[n, groups]`` of codes or None.
+        ``[n, k]`` of the dtype of the values, or uint8 codes (``2**(bits - 1)`` is zero), and the
+        scales ``[n, groups]`` of codes or None.
 
     Raises:
         ValueError: tensors that do not fit the layout.
