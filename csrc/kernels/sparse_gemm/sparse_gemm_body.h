@@ -95,35 +95,39 @@ OW_INLINE void add_column(uint64_t& mask, VecF w, const float* x, VecF* acc) {
   mask &= mask - 1;
 }
 
-// Adds what a mask chooses: acc[t] += sum_j value_j * x[j, t]. A tier may have a better one.
+// Adds what a mask chooses: acc[t] += sum_j value_j * x[j, t]. A tier may have a better one, which
+// may fetch what lies `ahead` bytes on, too.
 struct AddOneByOne {
+  static constexpr bool kFetches = false;
   template <int kVecs>
-  OW_INLINE void add(uint64_t mask, const float* value, const float* x, VecF* acc) {
+  OW_INLINE void add(uint64_t mask, const float* value, int64_t, const float* x, VecF* acc) {
     for (; mask != 0; ++value) add_column<kVecs>(mask, set1(*value), x, acc);
   }
 };
 
 // Adds a row of a block to its sums. Returns the next value.
 template <int kVecs, class Add>
-OW_INLINE const float* add_row(uint64_t mask, const float* value, const float* x, float* sums) {
+OW_INLINE const float* add_row(uint64_t mask, const float* value, int64_t ahead, const float* x,
+                               float* sums) {
   VecF acc[kVecs];
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) acc[v] = load(sums + v * kLanes);
-  Add::template add<kVecs>(mask, value, x, acc);
+  Add::template add<kVecs>(mask, value, ahead, x, acc);
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, acc[v]);
   return value + __builtin_popcountll(mask);
 }
 
 // Blocks of one k_block lie a panel apart, too far for the hardware to follow.
-OW_INLINE void prefetch_block(const SparsePattern& w, const void* values, int64_t size,
-                              int64_t panel, int64_t b) {
-  const int64_t block = panel * w.k_blocks + b;
+OW_INLINE void prefetch_masks(const SparsePattern& w, int64_t block) {
   const char* masks = reinterpret_cast<const char*>(w.masks + block * kSparsePanel);
   __builtin_prefetch(masks);
   __builtin_prefetch(masks + 64);
+}
+OW_INLINE void prefetch_values(const SparsePattern& w, const void* values, int64_t size,
+                               int64_t block, bool last) {
   const char* at = static_cast<const char*>(values) + w.offsets[block] * size;
-  const int64_t next = b + 1 < w.k_blocks ? w.offsets[block + 1] : w.offsets[block];
+  const int64_t next = last ? w.offsets[block] : w.offsets[block + 1];
   for (int64_t byte = 0; byte < (next - w.offsets[block]) * size; byte += 64) {
     __builtin_prefetch(at + byte);
   }
@@ -185,19 +189,29 @@ void sum_panels(const SparseGemmArgs& a, const float* x, int64_t begin, int64_t 
   const SparsePattern& w = a.w;
   const int64_t size = value_size(a.value_type);
   memset(tile, 0, size_t((end - begin) * kSparsePanel * kWidth) * sizeof(float));
+  const bool fetches = Add::kFetches && a.value_type == ValueType::f32;  // else it sees a buffer
   float buffer[kSparseBlockSize];
   for (int64_t step = 0; step < w.k_blocks; step += kBlocks) {
     const int64_t step_end = min_of(step + kBlocks, w.k_blocks);
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t b = step; b < step_end; ++b) {
-        if (panel + 1 < end) prefetch_block(w, a.values, size, panel + 1, b);
         const int64_t block = panel * w.k_blocks + b;
+        int64_t ahead = 0;
+        if (panel + 1 < end) {
+          const int64_t next = block + w.k_blocks;
+          prefetch_masks(w, next);
+          if (fetches) {
+            ahead = (w.offsets[next] - w.offsets[block]) * size;
+          } else {
+            prefetch_values(w, a.values, size, next, b + 1 == w.k_blocks);
+          }
+        }
         const uint64_t* masks = w.masks + block * kSparsePanel;
         const float* value = decode_block(a, w.offsets[block], masks, buffer);
         const float* columns = x + b * kSparseBlockK * kWidth;
         float* sums = tile + (panel - begin) * kSparsePanel * kWidth;
         for (int64_t r = 0; r < kSparsePanel; ++r) {
-          value = add_row<kVecs, Add>(masks[r], value, columns, sums + r * kWidth);
+          value = add_row<kVecs, Add>(masks[r], value, ahead, columns, sums + r * kWidth);
         }
       }
     }

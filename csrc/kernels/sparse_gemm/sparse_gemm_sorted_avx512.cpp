@@ -18,57 +18,47 @@ namespace {
 constexpr int64_t kSortTokens = 2 * kLanes;
 constexpr int64_t kSortPanels = 8;
 constexpr int64_t kSortRows = kSortPanels * kSparsePanel;
-// A step's panel of x fills 8 KiB, and so do its sums: with visits and values, an L1 of Zen 4.
-constexpr int64_t step_blocks(int64_t vecs) { return 2 / vecs; }
 
 // A row of a block: what its mask chooses, and where.
 struct Visit {
   uint64_t mask;
-  int32_t value;    // the first one's place
-  uint16_t sums;    // bytes from the sums of the step's first row
-  uint16_t column;  // bytes from the step's first column
+  uint32_t value;  // the first one's place
+  uint32_t sums;   // bytes from the sums of the first row
 };
 
 // The visits of a step by their number of values. 192 bytes more than masks need keep the starts of
 // lists out of each other's cache sets.
-template <int kVecs>
 struct Visits {
-  Visit of_count[kSparseBlockK + 1][step_blocks(kVecs) * kSortRows + 12];
+  Visit of_count[kSparseBlockK + 1][kSortRows + 12];
   Visit* end[kSparseBlockK + 1];
 };
 
-// Panels [first, last) and blocks [begin, end) of k.
-struct Step {
-  int64_t first, last, begin, end;
-};
-
+// Of panels [first, last) in block b of k.
 template <int kVecs>
-OW_INLINE void sort_masks(const SparsePattern& w, const Step& step, Visits<kVecs>* visits) {
+OW_INLINE void sort_masks(const SparsePattern& w, int64_t first, int64_t last, int64_t b,
+                          Visits* visits) {
   constexpr uint64_t kRowBytes = kVecs * kLanes * sizeof(float);
   for (int64_t count = 0; count <= kSparseBlockK; ++count) {
     visits->end[count] = visits->of_count[count];
   }
-  for (int64_t b = step.begin; b < step.end; ++b) {
-    for (int64_t panel = step.first; panel < step.last; ++panel) {
-      const int64_t block = panel * w.k_blocks + b;
-      const uint64_t* masks = w.masks + block * kSparsePanel;
-      // The same blocks of the next step.
-      __builtin_prefetch(masks + step_blocks(kVecs) * kSparsePanel);
-      __builtin_prefetch(masks + step_blocks(kVecs) * kSparsePanel + 8);
-      // A visit but for its mask, as one number.
-      uint64_t place = uint32_t(w.offsets[block]);
-      place |= uint64_t(panel - step.first) * kSparsePanel * kRowBytes << 32;
-      place |= uint64_t(b - step.begin) * kSparseBlockK * kRowBytes << 48;
+  uint64_t sums = 0;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t block = panel * w.k_blocks + b;
+    const uint64_t* masks = w.masks + block * kSparsePanel;
+    // Those of the next step.
+    __builtin_prefetch(masks + kSparsePanel);
+    __builtin_prefetch(masks + kSparsePanel + 8);
+    uint64_t place = uint32_t(w.offsets[block]) | sums << 32;  // a visit but for its mask
+    sums += kSparsePanel * kRowBytes;
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < kSparsePanel; ++r) {
-        uint64_t mask = masks[r];
-        asm("" : "+r"(mask));  // gcc would count the bits of the mask register, a slow way round
-        const uint64_t count = uint64_t(__builtin_popcountll(mask));
-        Visit* visit = visits->end[count]++;
-        visit->mask = mask;
-        memcpy(&visit->value, &place, 8);
-        place += count + (kRowBytes << 32);
-      }
+    for (int64_t r = 0; r < kSparsePanel; ++r) {
+      uint64_t mask = masks[r];
+      asm("" : "+r"(mask));  // gcc would count the bits of the mask register, a slow way round
+      const uint64_t count = uint64_t(__builtin_popcountll(mask));
+      Visit* visit = visits->end[count]++;
+      visit->mask = mask;
+      memcpy(&visit->value, &place, 8);
+      place += count + (kRowBytes << 32);
     }
   }
 }
@@ -104,7 +94,6 @@ __attribute__((noinline)) void add_visits(const Visit* visit, const Visit* end, 
                                           const T* values, int64_t ahead, const float* x,
                                           float* sums) {
   for (; visit < end; ++visit) {
-    const char* columns = reinterpret_cast<const char*>(x) + visit->column;
     float* row = reinterpret_cast<float*>(reinterpret_cast<char*>(sums) + visit->sums);
     const T* value = values + visit->value;
     uint64_t mask = visit->mask;
@@ -114,8 +103,7 @@ __attribute__((noinline)) void add_visits(const Visit* visit, const Visit* end, 
       for (VecF& sum : chain) sum = set1(0.0f);
     }
     const auto add_value = [&](VecF w, VecF* into) {
-      const uint64_t bytes = lowest_of(mask) * (kVecs * kLanes * sizeof(float));
-      const float* column = reinterpret_cast<const float*>(columns + bytes);
+      const float* column = x + lowest_of(mask) * (kVecs * kLanes);
       mask = drop_lowest(mask);
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) into[v] = fma(w, load(column + v * kLanes), into[v]);
@@ -144,7 +132,7 @@ __attribute__((noinline)) void add_visits(const Visit* visit, const Visit* end, 
 }
 
 template <int kVecs, class T>
-OW_INLINE void add_step(const Visits<kVecs>& visits, const T* values, int64_t ahead, const float* x,
+OW_INLINE void add_step(const Visits& visits, const T* values, int64_t ahead, const float* x,
                         float* sums) {
   for (int64_t count = 1; count <= kSparseBlockK; ++count) {
     const Visit* first = visits.of_count[count];
@@ -160,23 +148,18 @@ OW_INLINE void add_step(const Visits<kVecs>& visits, const T* values, int64_t ah
   }
 }
 
-// Bytes from a step's values to those of the next, about: panels store alike.
-OW_INLINE int64_t bytes_ahead(const SparseGemmArgs& a, const Step& step) {
-  if (step.end == a.w.k_blocks) return 0;
-  const int32_t* offsets = a.w.offsets + step.first * a.w.k_blocks;
-  return (offsets[step.end] - offsets[step.begin]) * value_size(a.value_type);
-}
-
 // Sums of panels [first, last), at most kSortPanels, over all of k; x is one panel of tokens.
 template <int kVecs, class T>
 void sum_sorted(const SparseGemmArgs& a, const float* x, int64_t first, int64_t last, float* sums) {
   constexpr int64_t kWidth = kVecs * kLanes;
-  Visits<kVecs> visits;
+  Visits visits;
   memset(sums, 0, size_t((last - first) * kSparsePanel * kWidth) * sizeof(float));
-  for (int64_t b = 0; b < a.w.k_blocks; b += step_blocks(kVecs)) {
-    const Step step{first, last, b, min_of(b + step_blocks(kVecs), a.w.k_blocks)};
-    sort_masks<kVecs>(a.w, step, &visits);
-    add_step<kVecs>(visits, static_cast<const T*>(a.values), bytes_ahead(a, step),
+  const int32_t* offsets = a.w.offsets + first * a.w.k_blocks;
+  for (int64_t b = 0; b < a.w.k_blocks; ++b) {
+    sort_masks<kVecs>(a.w, first, last, b, &visits);
+    // About where the next step's values are, as panels store alike.
+    const int64_t ahead = b + 1 < a.w.k_blocks ? offsets[b + 1] - offsets[b] : 0;
+    add_step<kVecs>(visits, static_cast<const T*>(a.values), ahead * int64_t(sizeof(T)),
                     x + b * kSparseBlockK * kWidth, sums);
   }
 }
