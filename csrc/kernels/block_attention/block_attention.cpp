@@ -170,15 +170,16 @@ void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& p
   });
   int64_t total = 0;
   Parts(args).each([&](const Part& part) { total += cost_of(args, part); });
-  // A part belongs to the task in whose share of the cost its first key is.
+  // A part belongs to the task in whose share of the cost its middle is.
   parallel.for_each(plan.tasks, [&](int64_t task) {
     int64_t before = 0;
     float* scores = partial_scores;
     Parts(args).each([&](const Part& part) {
-      if (before * plan.tasks / total == task) {
+      const int64_t cost = cost_of(args, part);
+      if (min_of((before + cost / 2) * plan.tasks / total, plan.tasks - 1) == task) {
         attend(args, *plan.kernels, part, scratch + task * plan.scratch_bytes, scores);
       }
-      before += cost_of(args, part);
+      before += cost;
       if (scores != nullptr) scores += args.sequences[part.sequence].keys;
     });
   });

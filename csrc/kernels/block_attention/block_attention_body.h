@@ -95,9 +95,7 @@ class Attend {
   const Element* operands_of(const Unit& unit) {
     const AttentionSequence& sequence = *tile_.sequence;
     if (!unit.single) {
-      const int64_t in_head = div_up(sequence.keys, kUnitKeys);
-      const int64_t at = sequence.unit * a_.kv_heads + kv_head_ * in_head + unit.key / kUnitKeys;
-      return reinterpret_cast<const Element*>(a_.packed + at * a_.packed_unit_bytes);
+      return reinterpret_cast<const Element*>(packed_unit(a_, sequence, kv_head_, unit));
     }
     const void* keys[kUnitKeys];
     const void* values[kUnitKeys];

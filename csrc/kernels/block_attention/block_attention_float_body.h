@@ -6,23 +6,6 @@
 namespace ow::OW_TARGET {
 namespace {
 
-template <class Function>
-OW_INLINE void by_type(FloatType type, const void* p, const Function& function) {
-  switch (type) {
-    case FloatType::f32: return function(static_cast<const float*>(p));
-    case FloatType::bf16: return function(static_cast<const bf16*>(p));
-    case FloatType::f16: return function(static_cast<const f16*>(p));
-  }
-}
-template <class Function>
-OW_INLINE void by_type(FloatType type, void* p, const Function& function) {
-  switch (type) {
-    case FloatType::f32: return function(static_cast<float*>(p));
-    case FloatType::bf16: return function(static_cast<bf16*>(p));
-    case FloatType::f16: return function(static_cast<f16*>(p));
-  }
-}
-
 struct FloatEngine {
   using Element = float;
   static constexpr int64_t kPair = 1;
@@ -60,6 +43,17 @@ struct FloatEngine {
     });
   }
 
+  static void pack_panels(const void* const* rows, int64_t count, FloatType type, int64_t d,
+                          float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < d; c += kQueryTile) {
+        const int64_t width = min_of(d - c, kQueryTile);
+        const uint8_t* from = static_cast<const uint8_t*>(rows[i]) + c * float_size(type);
+        copy_row(from, type, width, width, out + (c + i) * kQueryTile);
+      }
+    }
+  }
+
   static void transpose_values(const void* const* rows, int64_t count, FloatType type, int64_t dv,
                                int64_t padded, float* out) {
     for (int64_t j = 0; j < kUnitKeys; j += kLanes) {
@@ -95,6 +89,9 @@ struct FloatEngine {
   OW_INLINE void store_weights(float* weights, int64_t j, int64_t i, VecF even, VecF odd) {
     store(weights + j * kQueryTile + i, even);
     store(weights + (j + 1) * kQueryTile + i, odd);
+  }
+  OW_INLINE void store_rows(float* rows, int64_t j, int64_t i, VecF even, VecF odd) {
+    store_weights(rows, j, i, even, odd);
   }
   OW_INLINE void load_weights(const float* weights, int64_t j, int64_t i, VecF* even, VecF* odd) {
     *even = load(weights + j * kQueryTile + i);

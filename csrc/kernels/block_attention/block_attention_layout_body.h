@@ -6,6 +6,23 @@
 namespace ow::OW_TARGET {
 namespace {
 
+template <class Function>
+OW_INLINE void by_type(FloatType type, const void* p, const Function& function) {
+  switch (type) {
+    case FloatType::f32: return function(static_cast<const float*>(p));
+    case FloatType::bf16: return function(static_cast<const bf16*>(p));
+    case FloatType::f16: return function(static_cast<const f16*>(p));
+  }
+}
+template <class Function>
+OW_INLINE void by_type(FloatType type, void* p, const Function& function) {
+  switch (type) {
+    case FloatType::f32: return function(static_cast<float*>(p));
+    case FloatType::bf16: return function(static_cast<bf16*>(p));
+    case FloatType::f16: return function(static_cast<f16*>(p));
+  }
+}
+
 template <class E>
 struct Layout {
   int64_t d, dv;  // padded
@@ -91,8 +108,9 @@ void pack_unit(const BlockAttentionArgs& a, const void* const* keys, const void*
   E::transpose_values(values, count, a.type, a.dv, layout.dv, out + layout.key_elements());
 }
 
-template <class E>
-void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
+// Calls pack(rows of keys, rows of values, count, where to) for units [begin, end).
+template <class Pack>
+void pack_units(const BlockAttentionArgs& a, int64_t begin, int64_t end, const Pack& pack) {
   int64_t at = 0;
   for (int64_t s = 0; s < a.sequence_count; ++s) {
     const AttentionSequence& sequence = a.sequences[s];
@@ -108,10 +126,25 @@ void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
         keys[j] = row_at(a.k, a.type, sequence.k, a.k_strides, key + j, head);
         values[j] = row_at(a.v, a.type, sequence.v, a.v_strides, key + j, head);
       }
-      pack_unit<E>(a, keys, values, count,
-                   reinterpret_cast<typename E::Element*>(a.packed + at * a.packed_unit_bytes));
+      pack(keys, values, count, a.packed + at * a.packed_unit_bytes);
     }
   }
+}
+
+template <class E>
+void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
+  pack_units(a, begin, end,
+             [&](const void* const* keys, const void* const* values, int64_t count, uint8_t* out) {
+               pack_unit<E>(a, keys, values, count, reinterpret_cast<typename E::Element*>(out));
+             });
+}
+
+// Where an aligned unit was laid out.
+OW_INLINE const uint8_t* packed_unit(const BlockAttentionArgs& a, const AttentionSequence& sequence,
+                                     int64_t kv_head, const Unit& unit) {
+  const int64_t in_head = div_up(sequence.keys, kUnitKeys);
+  const int64_t at = sequence.unit * a.kv_heads + kv_head * in_head + unit.key / kUnitKeys;
+  return a.packed + at * a.packed_unit_bytes;
 }
 
 }  // namespace

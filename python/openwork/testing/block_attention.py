@@ -79,7 +79,7 @@ def block_attention_reference(
 
 
 # Of a weight, relative: the polynomial of the bfloat16 tiers, with its roundings.
-_BF16_EXP = 8e-5
+BF16_EXP = 8e-5
 
 
 def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -96,7 +96,7 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, ..
     weight = EPS[torch.float32] * ((d + 8) * worst + 3)
     rounding = 0.0
     if q.dtype == torch.bfloat16:
-        weight, rounding = weight + _BF16_EXP, EPS[torch.bfloat16]
+        weight, rounding = weight + BF16_EXP, EPS[torch.bfloat16]
     add = EPS[torch.float32] * (n + 10)
     kwargs = {**sample.kwargs, "return_lse": True, "scores": None}
     reach = block_attention_reference(q, k, v.abs(), *sample.args[3:], **kwargs)[0]

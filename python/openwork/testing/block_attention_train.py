@@ -11,7 +11,7 @@ from torch import Tensor
 from ..block_index import BlockIndex
 from ..ops.block_attention import lists_of
 from ..ops.block_attention_train import block_attention_train
-from .block_attention import block_attention_reference, make_index, make_operands
+from .block_attention import BF16_EXP, block_attention_reference, make_index, make_operands
 from .case import EPS, TINY, OpCase, Reject, Sample
 
 _MASKS = ("window", "sinks", "min_distance")
@@ -75,9 +75,11 @@ def _backward_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[T
     ]
     # A weight: d products in its score, whose error is relative to its own size; lse as much.
     steps = 2 * ((d + 8) * abs(scale) * longest[0] * longest[1] + 8)
-    # o was rounded to the dtype of q; grad_p and delta are at most as large as two rows allow.
+    # o was rounded to the dtype of q, and of bfloat16, p and ds may be; grad_p and delta are at most
+    # as large as two rows allow.
     inner = EPS[torch.float32] * (steps + 2 * dv + q.shape[1] + k.shape[1] + 16)
     inner += EPS[q.dtype] if q.dtype != torch.float32 else 0.0
+    inner += EPS[q.dtype] + BF16_EXP if q.dtype == torch.bfloat16 else 0.0
     slope = longest[2] * longest[3] + (float(grad_lse.abs().amax()) if grad_lse.numel() else 0.0)
     group = q.shape[2] // k.shape[2]
     # Sums of p are 1 along keys, and along queries at most as many as there are.
