@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from bench import roofline
-from bench.attention_problem import BlockAttentionProblem
+from bench.attention_problem import BlockAttentionProblem, BlockGradientsProblem
 from bench.competitors import COMPETITORS
 from bench.index_cases import CASES as INDEX_CASES
 from bench.index_cases import ESTIMATORS, IndexProblem
@@ -137,6 +137,10 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "paged_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
     "block_attention": (
         BlockAttentionProblem,
+        ("keys", "h", "kv_heads", "d", "dtype", "density"),
+    ),
+    "block_attention_backward": (
+        BlockGradientsProblem,
         ("keys", "h", "kv_heads", "d", "dtype", "density"),
     ),
 }
