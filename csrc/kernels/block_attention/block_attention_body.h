@@ -159,12 +159,13 @@ class Attend {
     return max_of_lanes(excess) > 0;
   }
 
-  // m follows the largest scores; l and the output, m.
+  // m follows the largest scores; l and the output, m. Where it stays the factor must be 1, which
+  // that of the engine's exponential is not.
   void raise() {
     for (int64_t i = 0; i < queries_; i += kLanes) {
       const VecF before = load(m_ + i);
       const VecF m = max_(before, load(largest_ + i));
-      const VecF factor = E::exp2(sub(before, m));
+      const VecF factor = exp2_(sub(before, m));
       store(m_ + i, m);
       store(l_ + i, mul(load(l_ + i), factor));
       for (int64_t c = first_ ? layout_.dv : 0; c < layout_.dv; ++c) {
@@ -232,7 +233,7 @@ class Attend {
       alignas(64) float factors[kQueryTile];
       const float* m = memory_.maxima + u * kQueryTile;
       for (int64_t i = 0; i < queries_; i += kLanes) {
-        store(factors + i, mul(E::exp2(sub(load(m + i), load(m_ + i))), load(inverse_ + i)));
+        store(factors + i, mul(exp2_(sub(load(m + i), load(m_ + i))), load(inverse_ + i)));
       }
       sum_unit(memory_.units[u], weights_of(u), factors);
     }

@@ -359,7 +359,8 @@ def _workload(pattern: str, keys: int, d: int, dtype: str, density: float) -> Wo
     return Workload(params, make)
 
 
-def _cost(params: Mapping[str, Any]) -> Cost:
+def cost(params: Mapping[str, Any]) -> Cost:
+    """Of a workload."""
     keys, h, g, d = (params[name] for name in ("keys", "h", "kv_heads", "d"))
     # Two products of d for each pair of a query and a key that is listed and not after it.
     pairs = params["density"] * keys * (keys + 1) / 2
@@ -388,6 +389,6 @@ CASES = (
                 ("blocks", 0.1),
             )
         ),
-        cost=_cost,
+        cost=cost,
     ),
 )
