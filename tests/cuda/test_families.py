@@ -1,7 +1,7 @@
 """The kernels of each family, emulated: equal to the scalar ones, without races, within bounds.
 
 ``check_<family>.cpp`` holds a family's launch function against its scalar kernel on small operands;
-that of ``nm_gemm``, where the scalar one rounds otherwise, some of its kernels against exact sums.
+that of ``nm_gemm``, where the scalar one rounds otherwise, against exact sums.
 To know that it would notice, the family is also built with defects: a piece of its source replaced.
 """
 
@@ -15,11 +15,11 @@ import pytest
 from .emulated_programs import CSRC, FLAVOURS, Change, Program, Workshop
 
 # Families with CUDA kernels, and the sources that their checks are made of. That of nm_gemm
-# includes the kernels: all that nm_gemm.cu makes of them take too long to compile.
+# includes the kernels and makes some of those that nm_gemm_few.cu and nm_gemm_many.cu have.
 FAMILIES = {
     "quantize": ("quantize_scalar.cpp", "quantize.cu"),
     "hadamard": ("hadamard_scalar.cpp", "hadamard.cu"),
-    "nm_gemm": (),
+    "nm_gemm": ("nm_gemm.cu", "nm_gemm_pack.cu"),
     "lowbit_gemm": (
         "lowbit_gemm.cu",
         "lowbit_gemm_pack.cu",
@@ -76,8 +76,8 @@ DEFECTS = (
         "words[0] = eight.x;", "words[0] = eight.y;",
     ),
     Defect(
-        "lowbit_gemm", "no zeros for lanes of the other group", "lowbit_gemm_tile.cu",
-        "if (threadIdx.x == 0)", "if (false)",
+        "lowbit_gemm", "no zeros for lanes of the other group", "lowbit_gemm_rows.cu",
+        "keep ? words[i] : 0", "words[i]",
     ),
     Defect(
         "lowbit_gemm", "a thread's wait too short by one group", "lowbit_gemm_rows.cu",

@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 128;
 
 LowbitGemmShape shape_for(const LowbitGemmArgs& args) {
-  if (args.m <= kRowsShape.rows) return kRowsShape;
+  if (args.m <= kRowsShape.rows || has_halves(args)) return kRowsShape;
   if (args.digits == 3) return kDigitShape16;
   return args.m <= kTileShape16.rows ? kTileShape16 : kTileShape64;
 }

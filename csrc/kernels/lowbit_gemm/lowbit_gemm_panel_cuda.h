@@ -105,9 +105,10 @@ struct Fragments {
   uint32_t a[Operand<X>::kSteps][2][4];
 };
 
-// pieces: of this lane. zeros: the zero points of its four outputs.
+// pieces and zeros: of this lane and its four outputs.
 template <class X, int kBits>
-OW_DEVICE Fragments<X> unpack(int t, const uint4 (&pieces)[kPieces<kBits>], uint32_t zeros) {
+OW_DEVICE Fragments<X> unpack(int t, const uint4 (&pieces)[kPieces<kBits>],
+                              const uint32_t (&zeros)[4]) {
   Fragments<X> fragments;
   OW_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -118,19 +119,18 @@ OW_DEVICE Fragments<X> unpack(int t, const uint4 (&pieces)[kPieces<kBits>], uint
       words[p] = i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w;
     }
     const Codes codes = codes_of<kBits>(t, words);
-    const uint32_t zero = zeros >> (8 * i) & 255;
     const uint32_t of_k[2] = {codes.low, codes.high};
     OW_UNROLL
     for (int h = 0; h < 2; ++h) {
       if constexpr (sizeof(X) == 1) {
         constexpr uint32_t kSigns = 0x80 * kByteOnes;
         // No byte borrows of the next: each is at least 128.
-        const uint32_t less = kBits == 8 ? of_k[h] : (of_k[h] | kSigns) - zero * kByteOnes;
+        const uint32_t less = kBits == 8 ? of_k[h] : (of_k[h] | kSigns) - zeros[i] * kByteOnes;
         fragments.a[0][i / 2][i % 2 + 2 * h] = less ^ kSigns;
       } else {
         uint32_t(&a)[4] = fragments.a[h][i / 2];
-        a[i % 2] = CodePairs<X>::template less<kBits>(of_k[h], byte_pair(0, 1), zero);
-        a[i % 2 + 2] = CodePairs<X>::template less<kBits>(of_k[h], byte_pair(2, 3), zero);
+        a[i % 2] = CodePairs<X>::template less<kBits>(of_k[h], byte_pair(0, 1), zeros[i]);
+        a[i % 2 + 2] = CodePairs<X>::template less<kBits>(of_k[h], byte_pair(2, 3), zeros[i]);
       }
     }
   }
@@ -170,16 +170,15 @@ OW_DEVICE void scales_of(const uint4& stored, FloatType type, float (&scales)[4]
 }
 
 // The sum of a warp over consecutive blocks of a panel. Rows of x are digit rows where
-// kDigits = 3, and tile j is digit j % 3 of eight rows.
-template <class X, int kDigits, int kBits, int kTiles>
+// kDigits = 3, and tile j is digit j % 3 of eight rows. kHalves: groups are half a block.
+template <class X, int kDigits, int kBits, int kTiles, bool kHalves>
 class PanelSum {
  public:
-  static constexpr int kRows = kRowTile * kTiles / kDigits;
   static constexpr int kSteps = Operand<X>::kSteps;
 
   OW_DEVICE PanelSum(const LowbitGemmArgs& args, int64_t panel, int block, int64_t row0, int lane)
       : args_(args), panel_(int(panel)), row0_(int(row0)), lane_(lane) {
-    if (has_halves()) return;
+    if (kHalves) return;
     group_ = block / group_blocks();
     left_ = group_blocks() - block % group_blocks();
     next_zeros_ = load_zeros(args, at(group_));
@@ -192,18 +191,25 @@ class PanelSum {
   OW_DEVICE void add(int block, const uint4 (&pieces)[kPieces<kBits>], bool last,
                      const ReadX& read_x) {
     const int t = lane_ % 4;
-    // A group of 16 is the k of two lanes in four: a product for each, with zeros in the others.
-    if (has_halves()) zeros_ = load_zeros(args_, at(2 * block + t / 2));
-    const Fragments<X> fragments = unpack<X, kBits>(t, pieces, zeros_);
-    OW_NO_UNROLL
-    for (int half = 0; half <= has_halves(); ++half) {
-      if (has_halves()) {
+    if constexpr (kHalves) {
+      // A group is the k of two lanes in four: a product for each, with zeros in the others.
+      set_zeros(load_zeros(args_, at(2 * block + t / 2)));
+      const Fragments<X> fragments = unpack<X, kBits>(t, pieces, zeros_);
+      OW_NO_UNROLL
+      for (int half = 0; half < 2; ++half) {
         group_ = 2 * block + half;
-        next_zeros_ = load_zeros(args_, at(group_));
-        begin_group();
+        set_zeros(load_zeros(args_, at(group_)));
+        scales_ = load_scales(args_, at(group_));
+        multiply(fragments, t / 2 == half, read_x);
+        end_group();
       }
-      multiply(fragments, !has_halves() || t / 2 == half, read_x);
-      if (has_halves() || --left_ == 0 || last) end_group();
+    } else {
+      multiply(unpack<X, kBits>(t, pieces, zeros_), true, read_x);
+      if (--left_ != 0 && !last) return;
+      end_group();
+      ++group_;
+      left_ = group_blocks();
+      begin_group();
     }
   }
 
@@ -225,10 +231,20 @@ class PanelSum {
   // Zero points that a signed byte has no room for.
   static constexpr bool kSumsX = sizeof(X) == 1 && kBits == 8;
 
-  // Whether a block is two groups; if not, the blocks of a group.
-  OW_DEVICE bool has_halves() const { return args_.groups > 1 && args_.group_size < kBlockK; }
   OW_DEVICE int group_blocks() const {
     return int((args_.groups == 1 ? args_.k_padded : args_.group_size) / kBlockK);
+  }
+  OW_DEVICE int64_t at(int group) const { return group_at(args_, panel_, group, lane_); }
+
+  OW_DEVICE void set_zeros(uint32_t bytes) {
+    OW_UNROLL
+    for (int i = 0; i < 4; ++i) zeros_[i] = bytes >> (8 * i) & 255;
+  }
+  // Zero points are needed at once, and loaded a group ahead; scales at the end of the group.
+  OW_DEVICE void begin_group() {
+    set_zeros(next_zeros_);
+    next_zeros_ = load_zeros(args_, at(group_ + 1));
+    scales_ = load_scales(args_, at(group_));
   }
 
   template <class ReadX>
@@ -249,21 +265,11 @@ class PanelSum {
     }
   }
 
-  OW_DEVICE int64_t at(int group) const { return group_at(args_, panel_, group, lane_); }
-
-  // Zero points are needed at once, and loaded a group ahead; scales at the end of the group.
-  OW_DEVICE void begin_group() {
-    zeros_ = next_zeros_;
-    next_zeros_ = load_zeros(args_, at(group_ + 1));
-    scales_ = load_scales(args_, at(group_));
-  }
-
   // The exact sum of the group, or of its blocks so far, as a float.
   OW_DEVICE float sum_of(int j, int i) {
     Sum sum = sum_[j][i / 4][i % 4];
     if constexpr (kSumsX) {
-      const int zero = int(zeros_ >> (i / 2 * 8) & 255);
-      sum -= (zero - 128) * x_sum_[j][i % 2];
+      sum -= (int(zeros_[i / 2]) - 128) * x_sum_[j][i % 2];
     }
     return float(sum);
   }
@@ -291,10 +297,6 @@ class PanelSum {
       OW_UNROLL
       for (int i = 0; i < 4; ++i) x_sum_[j][i] = 0;
     }
-    if (has_halves()) return;
-    ++group_;
-    left_ = group_blocks();
-    begin_group();
   }
 
   OW_DEVICE float x_scale(int j, int i) const {
@@ -305,7 +307,8 @@ class PanelSum {
   const LowbitGemmArgs& args_;
   int panel_, row0_, lane_;
   int group_ = 0, left_ = 0;  // blocks of the group
-  uint32_t zeros_ = 0, next_zeros_ = 0;
+  uint32_t zeros_[4] = {};
+  uint32_t next_zeros_ = 0;
   uint4 scales_{};
   Sum sum_[kTiles][2][4] = {};
   int x_sum_[kTiles][4] = {};
@@ -365,9 +368,13 @@ struct LowbitGemmShape {
   int blocks;         // that a multiprocessor holds
 };
 
+// Whether a block is two groups.
+OW_INLINE bool has_halves(const LowbitGemmArgs& args) {
+  return args.groups > 1 && args.group_size < kBlockK;
+}
+
 // lowbit_gemm_rows.cu and lowbit_gemm_tile.cu.
-constexpr int kRowsMaxRows = kRowTile;
-constexpr LowbitGemmShape kRowsShape = {kRowsMaxRows, int(kPanel), 1, 8, 2};
+constexpr LowbitGemmShape kRowsShape = {kRowTile, int(kPanel), 1, 8, 2};
 constexpr LowbitGemmShape kTileShape16 = {16, 128, 2, 4, 4};
 constexpr LowbitGemmShape kDigitShape16 = {16, 128, 2, 4, 3};  // three digits a row
 constexpr LowbitGemmShape kTileShape64 = {64, 128, 2, 4, 2};

@@ -1,6 +1,8 @@
-// Up to 8 rows: as fast as the weight can be read. The warps of a block share a panel and split its
-// k; weights and x pass through shared memory only to be on their way early: each thread reads back
-// what it copied itself, so a warp waits for nothing but its own copies.
+// 8 rows at a time: as fast as the weight can be read. That is all of up to 8 rows; of more only
+// where groups are 16, which the kernel for tiles does not take, as few weights have them and each
+// asks for two products. The warps of a block share a panel and split its k; weights and x pass
+// through shared memory only to be on their way early: each thread reads back what it copied
+// itself, so a warp waits for nothing but its own copies.
 #include "cuda/device.h"
 
 #include "cuda/launch.h"
@@ -37,28 +39,30 @@ class Ring {
  public:
   static constexpr int kCount = kStages<kDigits, kBits>;
 
-  OW_DEVICE Ring(const LowbitGemmArgs& args, int64_t panel, int lane)
+  // Copies blocks one after another from `block` on.
+  OW_DEVICE Ring(const LowbitGemmArgs& args, int64_t panel, int64_t row0, int block, int lane)
       : slot_(reinterpret_cast<uint4*>(dynamic_shared()) + threadIdx.x), lane_(lane) {
-    w_ = args.w + panel * (args.k_padded / kBlockK * kSpanBytes<kBits>);
+    w_ = args.w + (panel * (args.k_padded / kBlockK) + block) * kSpanBytes<kBits>;
     // The 16 bytes that hold 8 elements of this lane.
     const int at = lane % 4 * 8 * int(sizeof(X)) / kPieceBytes * kPieceBytes;
     OW_UNROLL
     for (int j = 0; j < kDigits; ++j) {
-      const int64_t row = x_row<kDigits>(args, 0, j * kRowTile + lane / 4);
-      x_[j] = static_cast<const uint8_t*>(args.x) + row * args.x_blocks.k_padded * sizeof(X) + at;
+      const int64_t row = x_row<kDigits>(args, row0, j * kRowTile + lane / 4);
+      const int64_t first = row * args.x_blocks.k_padded + block * kBlockK;
+      x_[j] = static_cast<const uint8_t*>(args.x) + first * int(sizeof(X)) + at;
     }
   }
 
-  OW_DEVICE void copy(int stage, int block) {
+  OW_DEVICE void copy_next(int stage) {
     OW_UNROLL
     for (int p = 0; p < kPieces<kBits>; ++p) {
-      const uint8_t* from = w_ + int64_t(block) * kSpanBytes<kBits> + piece_at<kBits>(lane_, p);
-      ptx::cp_async_cg_16(at(stage, p), from, kPieceBytes);
+      ptx::cp_async_cg_16(at(stage, p), w_ + piece_at<kBits>(lane_, p), kPieceBytes);
     }
+    w_ += kSpanBytes<kBits>;
     OW_UNROLL
     for (int j = 0; j < kDigits; ++j) {
-      const uint8_t* from = x_[j] + int64_t(block) * kBlockK * sizeof(X);
-      ptx::cp_async_cg_16(at(stage, kPieces<kBits> + j), from, kPieceBytes);
+      ptx::cp_async_cg_16(at(stage, kPieces<kBits> + j), x_[j], kPieceBytes);
+      x_[j] += kBlockK * int(sizeof(X));
     }
   }
 
@@ -92,34 +96,35 @@ class Ring {
 };
 
 // The sum of blocks first .. last - 1 of a panel.
-template <class X, int kDigits, int kBits>
-OW_DEVICE void sum_blocks(const LowbitGemmArgs& args, int64_t panel, int first, int last, int lane,
-                          float* totals) {
+template <class X, int kDigits, int kBits, bool kHalves>
+OW_DEVICE void sum_blocks(const LowbitGemmArgs& args, int64_t panel, int64_t row0, int first,
+                          int last, int lane, float* totals) {
   using Stages = Ring<X, kDigits, kBits>;
-  Stages ring(args, panel, lane);
+  Stages ring(args, panel, row0, first, lane);
   OW_UNROLL
   for (int s = 0; s < Stages::kCount - 1; ++s) {
-    if (first + s < last) ring.copy(s, first + s);
+    if (first + s < last) ring.copy_next(s);
     ptx::cp_async_commit_group();
   }
-  PanelSum<X, kDigits, kBits, kDigits> sum(args, panel, first, 0, lane);
+  PanelSum<X, kDigits, kBits, kDigits, kHalves> sum(args, panel, first, row0, lane);
   int stage = 0;
+  int before = Stages::kCount - 1;
   for (int block = first; block < last; ++block) {
     ptx::cp_async_wait_group<Stages::kCount - 2>();
     // Into the stage that the block before was read from.
-    const int ahead = block + Stages::kCount - 1;
-    if (ahead < last) ring.copy((stage + Stages::kCount - 1) % Stages::kCount, ahead);
+    if (block + Stages::kCount - 1 < last) ring.copy_next(before);
     ptx::cp_async_commit_group();
     uint4 pieces[kPieces<kBits>];
     ring.pieces(stage, pieces);
     sum.add(block, pieces, block + 1 == last,
             [&](int j, bool keep, auto& b) { ring.read_x(stage, j, keep, b); });
-    stage = (stage + 1) % Stages::kCount;
+    before = stage;
+    stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
   }
   sum.template store<int(kPanel)>(totals);
 }
 
-template <class X, int kDigits, int kBits>
+template <class X, int kDigits, int kBits, bool kHalves>
 __global__ void __launch_bounds__(kThreads, kRowsShape.blocks)
     lowbit_gemm_rows(const LowbitGemmTask task) {
   const int warp = int(threadIdx.x) / kWarp;
@@ -131,23 +136,30 @@ __global__ void __launch_bounds__(kThreads, kRowsShape.blocks)
     const Segment segment = segment_at(stripes, blockIdx.x, unit);
     const int begin = int(segment.begin);
     const int count = int(segment.end - segment.begin);
-    sum_blocks<X, kDigits, kBits>(task.args, segment.tile, begin + count * warp / kWarps,
-                                  begin + count * (warp + 1) / kWarps, lane,
-                                  totals + warp * kShareSize);
+    sum_blocks<X, kDigits, kBits, kHalves>(
+        task.args, segment.tile / task.row_tiles, segment.tile % task.row_tiles * kRowTile,
+        begin + count * warp / kWarps, begin + count * (warp + 1) / kWarps, lane,
+        totals + warp * kShareSize);
     __syncthreads();
-    write_tile<kWarps, kRowsMaxRows, int(kPanel)>(task, segment, totals);
+    write_tile<kWarps, kRowTile, int(kPanel)>(task, segment, totals);
     __syncthreads();
     unit += count;
   }
+}
+
+template <class X, int kDigits, int kBits, bool kHalves>
+LaunchStatus launch_rows(const LowbitGemmTask& task, void* stream) {
+  constexpr int kBytes = kRingBytes<kDigits, kBits> + kWarps * kShareSize * int(sizeof(float));
+  return launch("lowbit_gemm_rows", lowbit_gemm_rows<X, kDigits, kBits, kHalves>,
+                dim3(unsigned(task.stripes.blocks)), kThreads, kBytes, stream, task);
 }
 
 }  // namespace
 
 LaunchStatus launch_lowbit_gemm_rows(const LowbitGemmTask& task, void* stream) {
   return with_operands(task.args, [&]<class X, int kDigits, int kBits>() {
-    constexpr int kBytes = kRingBytes<kDigits, kBits> + kWarps * kShareSize * int(sizeof(float));
-    return launch("lowbit_gemm_rows", lowbit_gemm_rows<X, kDigits, kBits>,
-                  dim3(unsigned(task.stripes.blocks)), kThreads, kBytes, stream, task);
+    return has_halves(task.args) ? launch_rows<X, kDigits, kBits, true>(task, stream)
+                                 : launch_rows<X, kDigits, kBits, false>(task, stream);
   });
 }
 

@@ -1,6 +1,6 @@
-// Many rows: a block computes 128 outputs of 16 or 64 rows. Each of its four warps has a panel;
-// they share x. 64 k at a time come through a pipeline of asynchronous copies: rows of x to be
-// shared, and for each thread the pieces of the weight that it alone reads.
+// Many rows, groups of 32 and more: a block computes 128 outputs of 16 or 64 rows. Each of its four
+// warps has a panel; they share x. 64 k at a time come through a pipeline of asynchronous copies:
+// rows of x to be shared, and for each thread the pieces of the weight that it alone reads.
 #include "cuda/device.h"
 
 #include "cuda/launch.h"
@@ -23,9 +23,7 @@ class Pipeline {
   static constexpr int kRowPieces = kStepK * int(sizeof(X)) / kPieceBytes;
   static constexpr int kXBytes = kTiles * kRowTile * kRowPieces * kPieceBytes;
   static constexpr int kWBytes = kStepBlocks * kPieces<kBits> * kThreads * kPieceBytes;
-  static constexpr int kStageBytes = kXBytes + kWBytes;
-  // With zeros at the end, where lanes that have no part in a product read x from.
-  static constexpr int kBytes = kStages * kStageBytes + kPieceBytes;
+  static constexpr int kBytes = kStages * (kXBytes + kWBytes);
 
   OW_DEVICE Pipeline(const LowbitGemmArgs& args, int64_t panel, int lane)
       : args_(args), lane_(lane), blocks_(int(args.k_padded / kBlockK)) {
@@ -66,28 +64,21 @@ class Pipeline {
     }
   }
 
-  OW_DEVICE void read_x(int stage, int b, int j, bool keep,
-                        uint32_t (&words)[2 * sizeof(X)]) const {
-    constexpr int kTileBytes = kRowTile * kRowPieces * kPieceBytes;
+  OW_DEVICE void read_x(int stage, int b, int j, uint32_t (&words)[2 * sizeof(X)]) const {
     const int at = 8 * int(sizeof(X)) * (lane_ % 4);  // of the 32 k of block b
-    const uint8_t* piece =
-        x_piece(stage, lane_ / 4, b * kRowPieces / kStepBlocks + at / kPieceBytes);
-    const uint8_t* from = keep ? piece + j * kTileBytes : zeros();
+    const int row = j * kRowTile + lane_ / 4;
+    const uint8_t* piece = x_piece(stage, row, b * kRowPieces / kStepBlocks + at / kPieceBytes);
     if constexpr (sizeof(X) == 2) {
-      const uint4 eight = *reinterpret_cast<const uint4*>(from);
+      const uint4 eight = *reinterpret_cast<const uint4*>(piece);
       words[0] = eight.x;
       words[1] = eight.y;
       words[2] = eight.z;
       words[3] = eight.w;
     } else {
-      const uint2 eight = *reinterpret_cast<const uint2*>(from + at % kPieceBytes);
+      const uint2 eight = *reinterpret_cast<const uint2*>(piece + at % kPieceBytes);
       words[0] = eight.x;
       words[1] = eight.y;
     }
-  }
-
-  OW_DEVICE void clear_zeros() const {
-    if (threadIdx.x == 0) *reinterpret_cast<uint4*>(zeros()) = uint4{0, 0, 0, 0};
   }
 
  private:
@@ -101,7 +92,6 @@ class Pipeline {
     const int at = (stage * kStepBlocks + b) * kPieces<kBits> + p;
     return shared_ + kStages * kXBytes + (at * kThreads + int(threadIdx.x)) * kPieceBytes;
   }
-  OW_DEVICE uint8_t* zeros() const { return shared_ + kStages * kStageBytes; }
 
   const LowbitGemmArgs& args_;
   int lane_, blocks_;
@@ -113,7 +103,7 @@ class Pipeline {
 template <class X, int kDigits, int kBits, int kTiles>
 OW_DEVICE void sum_segment(const LowbitGemmArgs& args, const Segment& segment, int64_t row0,
                            int64_t panel0, float* totals) {
-  using Sum = PanelSum<X, kDigits, kBits, kTiles>;
+  using Sum = PanelSum<X, kDigits, kBits, kTiles, false>;
   const int warp = int(threadIdx.x) / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
   // Past the last panel, that one again; what comes of it is not written.
@@ -122,7 +112,6 @@ OW_DEVICE void sum_segment(const LowbitGemmArgs& args, const Segment& segment, i
   const int last = int(segment.end);
   const int blocks = int(args.k_padded / kBlockK);
   Pipeline<X, kBits, kTiles> pipeline(args, panel, lane);
-  pipeline.clear_zeros();
   OW_UNROLL
   for (int s = 0; s < kStages - 1; ++s) {
     if (first + s < last) pipeline.template copy<kDigits>(s, row0, first + s);
@@ -146,7 +135,7 @@ OW_DEVICE void sum_segment(const LowbitGemmArgs& args, const Segment& segment, i
       pipeline.pieces(stage, b, pieces);
       const bool ends = block + 1 == blocks || block + 1 == last * kStepBlocks;
       sum.add(block, pieces, ends,
-              [&](int j, bool keep, auto& words) { pipeline.read_x(stage, b, j, keep, words); });
+              [&](int j, bool, auto& words) { pipeline.read_x(stage, b, j, words); });
     }
     stage = (stage + 1) % kStages;
   }

@@ -34,7 +34,6 @@ def _value_type(bits: int, given: torch.dtype) -> torch.dtype:
     return given if bits == 16 and given == torch.float16 else _VALUE_TYPES[bits]
 
 
-
 def compress_nm(
     weight: Tensor,
     pattern: tuple[int, int] = (2, 4),
