@@ -48,8 +48,10 @@ class DeviceKernel:
 
 DENSE = frozenset({"HMMA"})
 SPARSE = frozenset({"HMMA.SP"})
+BYTES = frozenset({"IMMA"})
 
-# Kernels of openwork_cuda.so. The first row whose name matches decides.
+# Kernels of openwork_cuda.so, of all that its products and transforms run. The first row whose name
+# matches decides.
 KERNELS = (
     DeviceKernel("encode_rows_int8<*>", 256, 64, shared=32),
     DeviceKernel("encode_rows_fixed<*>", 256, 64),
@@ -74,6 +76,28 @@ KERNELS = (
     DeviceKernel("nm_many<NmDenseTiles<*, 3>, 1>", 256, 176, 73728, 73728, tensor=DENSE),
     DeviceKernel("nm_many<NmDenseTiles<*, 3>, 3>", 256, 152, 82944, 82944, tensor=DENSE),
     DeviceKernel("lay_out_rows<*>", 256, 24),
+    # Low-bit weights: type of x, its digits, bits of a weight; of tiles, eights of rows.
+    DeviceKernel("lowbit_gemm_rows<signed char, 3, *>", 256, 128, 81920, 81920, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_rows<signed char, *>", 256, 112, 81920, 81920, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_rows<*>", 256, 112, 81920, 81920, tensor=DENSE),
+    DeviceKernel("lowbit_gemm_tile<signed char, 3, *>", 128, 168, 61440, 61440, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_tile<signed char, 1, *, 2>", 128, 128, 53248, 53248, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_tile<signed char, 1, *, 8>", 128, 256, 65536, 65536, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_tile<*, 1, *, 2>", 128, 128, 57344, 57344, tensor=DENSE),
+    DeviceKernel("lowbit_gemm_tile<*, 1, *, 8>", 128, 256, 81920, 81920, tensor=DENSE),
+    DeviceKernel("lowbit_gemm_parts", 128, 64),
+    DeviceKernel("pad_rows", 128, 24),
+    DeviceKernel("lowbit_rows<*>", 128, 40),
+)
+
+# Those that pack, unpack and check weights, which is done once.
+PACKING_KERNELS = (
+    DeviceKernel("find_wide_codes", 128, 16),
+    DeviceKernel("find_infinite_scales", 128, 16),
+    DeviceKernel("pack_codes", 128, 48),
+    DeviceKernel("unpack_codes", 128, 32),
+    DeviceKernel("pack_groups<*>", 128, 24),
+    DeviceKernel("unpack_groups<*>", 128, 24),
     DeviceKernel("find_excess", 128, 40),
     DeviceKernel("pack_units", 128, 64),
     DeviceKernel("expand_blocks", 128, 48),
@@ -151,6 +175,18 @@ class Floor:
 FLOORS = (
     Floor("`quantize_rows`, 4096 x 4096 bf16", 4096 * 4096 * 3 + 4096 * 4, 0),
     Floor("`hadamard`, 4096 x 4096 bf16", 2 * 4096 * 4096 * 2, 12 * 4096 * 4096, "fp32"),
+    # x of 16 bits, or rounded to 8; scales of 16 bits for 128 columns.
+    *(
+        Floor(
+            f"`lowbit_linear` {bits} bit, {compute}, 4096 x 4096, m = {m}",
+            4096 * 4096 // 8 * bits + 4096 * 32 * 2 + m * 8192 * 2,
+            2 * m * 4096 * 4096,
+            unit,
+        )
+        for bits in (8, 4)
+        for compute, unit in (("float", "f16"), ("int8", "int8"))
+        for m in (1, 16, 512)
+    ),
     # x of 16 bits. Bits of a weight: half of a value, an index, scales of 16 bits for 128 columns.
     *(
         Floor(
@@ -171,7 +207,9 @@ FLOORS = (
 
 def row_of(name: str) -> DeviceKernel | None:
     """The row that a kernel is held to."""
-    return next((k for k in (*KERNELS, *CHECK_KERNELS) if fnmatchcase(name, k.name)), None)
+    return next(
+        (k for k in (*KERNELS, *PACKING_KERNELS, *CHECK_KERNELS) if fnmatchcase(name, k.name)), None
+    )
 
 
 def occupancy_table() -> Iterator[str]:
