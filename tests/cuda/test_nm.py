@@ -15,7 +15,7 @@ from openwork.testing import CASES
 from openwork.testing.case import EPS, Sample
 from openwork.testing.nm import make_weight, nm_linear_reference, nm_linear_tolerance
 
-from .devices import overload
+from .devices import emulated_operator, overload
 
 LINEAR = next(case for case in CASES if case.name == "nm_linear")
 COMPRESS = next(case for case in CASES if case.name == "compress_nm")
@@ -48,6 +48,17 @@ def test_expanded_tensors_equal_the_cpu_bit_for_bit(device: str) -> None:
         for one, other in zip(on_device(*tensors, *numbers[:-1]), want, strict=True):
             assert one.dtype == other.dtype, sample.name
             assert torch.equal(one, other), sample.name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_opcheck(dtype: str) -> None:
+    weight = make_weight(17, 100, (2, 4), dtype, vector=8, group_size=32)
+    tensors, numbers = openwork.ops.nm.nm_arguments(weight, "float")
+    expand = emulated_operator("expand_nm")
+    torch.library.opcheck(expand, (*tensors, *numbers[:-1]))
+    dense, scales = expand(*tensors, *numbers[:-1])
+    pack = (dense, None, None if weight.scales is None else scales, 2, 4, 8)
+    torch.library.opcheck(emulated_operator("compress_nm"), (*pack, weight.bits, weight.group_size))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ namespace ow {
 // it is.
 int64_t nm_cuda_laid_bytes(const NmGemmArgs& args);
 
-// At least one row. The index of a block ascends, as compress_nm makes it: of 2:4 weights, what
-// another comes to is undefined.
+// At least one row. The index of a block ascends, as compress_nm makes it; what another comes to is
+// undefined, but reads nothing outside of x and the weight.
 LaunchStatus launch_nm_gemm(const NmGemmArgs& args, void* stream);
 
 // What is wrong with a weight to be packed: of each kind the first, or kNmFaultless. Seen is in the

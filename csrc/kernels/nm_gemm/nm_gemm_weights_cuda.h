@@ -190,8 +190,7 @@ OW_DEVICE void store_pieces(float value, bf16* to, int pieces, int stride) {
 }
 
 // Makes columns [column, column + kNmTile) of panels from `panel` on dense: rows
-// [kPieces][16 panels][kNmRow], by all threads that sync() waits for; panels past the last are
-// zero.
+// [kPieces][16 panels][kNmRow], by all threads that sync() waits for. Outputs past n are zero.
 template <class T, int kPieces, class Sync>
 OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int column, T* rows,
                            int thread, int threads, const Sync& sync) {
