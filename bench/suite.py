@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from bench import roofline
-from bench.attention_problem import BlockAttentionProblem
+from bench.attention_problem import BlockAttentionProblem, BlockGradientsProblem
 from bench.competitors import COMPETITORS, GPU_COMPETITORS
 from bench.device import HOST, Device, Stream
 from bench.hadamard_problem import HadamardProblem
@@ -161,6 +161,10 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("keys", "h", "kv_heads", "d", "dtype", "density"),
     ),
     "hadamard": (HadamardProblem, ("m", "d", "block", "dtype")),
+    "block_attention_backward": (
+        BlockGradientsProblem,
+        ("keys", "h", "kv_heads", "d", "dtype", "density"),
+    ),
 }
 # On a GPU the dense competitor multiplies by the zeros of the sparse one's weight.
 GPU_PROBLEMS = {**PROBLEMS, "nm_linear": (NmProblem, ("m", "n", "k", "pattern"))}

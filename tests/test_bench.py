@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bench import __main__ as cli
 from bench import end_to_end, index_cases, machine, plot, report, roofline, suite
-from bench.attention_problem import BlockAttentionProblem
+from bench.attention_problem import BlockAttentionProblem, BlockGradientsProblem
 from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
 from bench.hadamard_problem import HadamardProblem
@@ -237,6 +237,19 @@ def test_every_competitor_attends_to_blocks(competitor: Competitor, density: flo
         keys=200, h=4, kv_heads=2, d=16, dtype="float32", density=density, threads=1, cold_bytes=0
     )
     check_variants(competitor, problem)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "competitor", COMPETITORS["block_attention_backward"], ids=lambda c: c.name
+)
+def test_every_competitor_has_gradients(competitor: Competitor, density: float, dtype: str) -> None:
+    problem = BlockGradientsProblem(
+        keys=200, h=4, kv_heads=2, d=16, dtype=dtype, density=density, threads=1, cold_bytes=0
+    )
+    with torch.inference_mode():
+        check_variants(competitor, problem)
 
 
 @pytest.mark.parametrize("block", [1, 16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.competitors import (
+    attention_gradients,
     ggml,
     onnxruntime,
     openwork_dense,
@@ -33,6 +34,7 @@ COMPETITORS: dict[str, tuple[Competitor, ...]] = {
     "decode_attention": (torch_sdpa.SDPA, torch_sdpa.FOLDED),
     "paged_attention": (torch_sdpa.SDPA, torch_sdpa.FOLDED),
     "block_attention": (torch_attention.SDPA, torch_attention.FLEX),
+    "block_attention_backward": (attention_gradients.FORWARD, attention_gradients.SDPA),
     "sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
     "block_sparse_linear": (torch_dense.FP32, torch_dense.BF16, torch_csr.CSR),
     "hadamard": (torch_hadamard.MATMUL, torch_hadamard.BUTTERFLY),

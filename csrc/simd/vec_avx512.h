@@ -77,6 +77,16 @@ OW_INLINE VecBf16 load_factors_n(const bf16* p, int64_t n) {
   return {__m512bh(_mm512_maskz_loadu_epi16(mask, p))};
 }
 OW_INLINE VecF fma(VecBf16 a, VecBf16 b, VecF c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+// sum += two products a lane, where many sums are in registers: round the intrinsic gcc 12 copies
+// them.
+OW_INLINE void dot2(VecF& sum, __m512i a, __m512i b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a), "v"(b));
+}
+OW_INLINE void dot2(VecF& sum, __m512i a, const uint8_t* b) {
+  asm("vdpbf16ps %2, %1, %0"
+      : "+v"(sum.v)
+      : "v"(a), "m"(*reinterpret_cast<const uint8_t(*)[64]>(b)));
+}
 #endif
 
 OW_INLINE VecI load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

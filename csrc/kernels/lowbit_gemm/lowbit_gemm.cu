@@ -2,7 +2,7 @@
 #include "cuda/device.h"
 
 #include "cuda/launch.h"
-#include "kernels/lowbit_gemm/lowbit_gemm_panel_cuda.h"
+#include "kernels/lowbit_gemm/lowbit_gemm_task_cuda.h"
 
 namespace ow {
 namespace {

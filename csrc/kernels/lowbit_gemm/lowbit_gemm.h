@@ -60,7 +60,7 @@ struct LowbitGemmArgs {
   int64_t m, n, k;
   int64_t k_padded, group_size, groups;
   int32_t bits;
-  int32_t digits;  // 1, 3: x is int8 digit rows; 0: x is rows of bf16
+  int32_t digits;  // 1, 3: x is int8 digit rows; 0: x is rows of bf16 (on a GPU, of y_type)
   const void* x;
   RowBlocks x_blocks;     // of its rows, as lowbit_gemm_x_blocks says
   const float* x_scales;  // digits 1: [m]; digits 3: [m, groups]; digits 0: null

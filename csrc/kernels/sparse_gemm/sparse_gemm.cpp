@@ -1,5 +1,7 @@
 #include "kernels/sparse_gemm/sparse_gemm.h"
 
+#include <algorithm>
+
 namespace ow {
 namespace {
 
@@ -20,11 +22,16 @@ constexpr int64_t kWorkPerTask = 1 << 17;
 // Elements of x for the same.
 constexpr int64_t kElementsPerTask = 1 << 14;
 
-// Expanding the mask of a row of a block takes about 9 + 6.3 m cycles, whatever it stores; listing
-// and visiting its values for 16 tokens 12 + 140 times the density (measured on a Zen 4 server).
+// Cycles that the mask of a row of a block takes, d being the share of stored elements, measured on
+// a Zen 4 server: to select from one row of x 10, or 20 where more than 16 values are usual; to
+// expand 9 + 6.3 m; to visit the values, for up to 16 rows, 12 + 125 d.
 const SparseGemmKernel& choose(const SparseGemmArgs& a, Isa isa) {
-  const bool visit = (a.m - 1) * a.w.n * a.w.k > 22 * a.nnz;
-  return *pick(kTable, isa, 0, visit && a.m <= kExpandMaxRows ? kExpandMaxRows + 1 : a.m).fn;
+  const int64_t all = a.w.n * a.w.k;
+  const bool select = a.m <= kSelectMaxRows && 5 * a.nnz < all;
+  const bool expand = a.m <= kExpandMaxRows && (2 * a.m - 1) * all < 40 * a.nnz;
+  const int64_t rows =
+      select ? a.m : std::max<int64_t>(a.m, (expand ? kSelectMaxRows : kExpandMaxRows) + 1);
+  return *pick(kTable, isa, 0, rows).fn;
 }
 
 int64_t task_count(const SparsePattern& w, int64_t m, int64_t threads) {

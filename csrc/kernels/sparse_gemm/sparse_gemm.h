@@ -109,15 +109,17 @@ struct SparseGemmKernel {
   int64_t widest;  // panel of tokens; 0: x is rows
 };
 
-// Rows up to which expanding masks in registers may beat visiting values one by one; fewer where
-// few are stored (sparse_gemm.cpp).
+// Rows up to which selecting the x of a mask's values, or expanding the values, may beat visiting
+// them one by one; which does depends on how many are stored (sparse_gemm.cpp).
+constexpr int64_t kSelectMaxRows = 1;
 constexpr int64_t kExpandMaxRows = 16;
-// Rows up to which values and their columns are better listed before they are visited.
-constexpr int64_t kListMaxRows = 32;
+// Rows up to which masks are better sorted before their values are visited.
+constexpr int64_t kSortMaxRows = 32;
 
 #define OW_SPARSE_GEMM_KERNELS(X)                                       \
+  OW_IF_AVX512(X(avx512, 0, kSelectMaxRows, sparse_gemm_select_avx512)) \
   OW_IF_AVX512(X(avx512, 0, kExpandMaxRows, sparse_gemm_expand_avx512)) \
-  OW_IF_AVX512(X(avx512, 0, kListMaxRows, sparse_gemm_lists_avx512))    \
+  OW_IF_AVX512(X(avx512, 0, kSortMaxRows, sparse_gemm_sorted_avx512))   \
   OW_IF_AVX512(X(avx512, 0, kAnyM, sparse_gemm_tokens_avx512))          \
   OW_IF_AVX2(X(avx2, 0, kAnyM, sparse_gemm_tokens_avx2))                \
   X(scalar, 0, kAnyM, sparse_gemm_rows_scalar)

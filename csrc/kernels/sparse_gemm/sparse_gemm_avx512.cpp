@@ -95,12 +95,7 @@ void expand_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
   for (int i = 0; i < kRows; ++i) {
     float line[kSparsePanel];
     for (int64_t r = 0; r < kSparsePanel; ++r) line[r] = _mm512_reduce_add_ps(acc[r][i]);
-    const int64_t n = panel * kSparsePanel;
-    switch (a.y_type) {
-      case FloatType::f32: finish_outputs<float>(a, row + i, n, w.n, load(line)); break;
-      case FloatType::bf16: finish_outputs<bf16>(a, row + i, n, w.n, load(line)); break;
-      case FloatType::f16: finish_outputs<f16>(a, row + i, n, w.n, load(line)); break;
-    }
+    finish_line(a, row + i, panel * kSparsePanel, load(line));
   }
 }
 
@@ -125,14 +120,34 @@ void run_expand(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
   }
 }
 
+// Four values are one load, where each broadcast would be one: the load ports bind. Fetching as the
+// values are visited delays no load, where all of the next block at once would.
+struct AddFourByFour {
+  static constexpr bool kFetches = true;
+  template <int kVecs>
+  OW_INLINE void add(uint64_t mask, const float* value, int64_t ahead, const float* x, VecF* acc) {
+    asm("" : "+r"(mask));  // gcc would count the bits of the mask register, a slow way round
+    const float* end = value + __builtin_popcountll(mask);
+    for (; value + 4 <= end; value += 4) {
+      __builtin_prefetch(reinterpret_cast<const char*>(value) + ahead);
+      const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(value));
+      add_column<kVecs>(mask, {_mm512_permute_ps(four, 0x00)}, x, acc);
+      add_column<kVecs>(mask, {_mm512_permute_ps(four, 0x55)}, x, acc);
+      add_column<kVecs>(mask, {_mm512_permute_ps(four, 0xaa)}, x, acc);
+      add_column<kVecs>(mask, {_mm512_permute_ps(four, 0xff)}, x, acc);
+    }
+    for (; value < end; ++value) add_column<kVecs>(mask, set1(*value), x, acc);
+  }
+};
+
 }  // namespace
 }  // namespace ow::OW_TARGET
 
 namespace ow {
 
 const SparseGemmKernel sparse_gemm_expand_avx512 = {avx512::run_expand, avx512::prepare, 0};
-const SparseGemmKernel sparse_gemm_tokens_avx512 = {avx512::run_tokens, avx512::prepare,
-                                                    avx512::kWidest};
+const SparseGemmKernel sparse_gemm_tokens_avx512 = {avx512::run_tokens<avx512::AddFourByFour>,
+                                                    avx512::prepare, avx512::kWidest};
 const SampledGemmKernel sampled_gemm_avx512 = {avx512::run_sampled, avx512::prepare,
                                                avx512::kWidest};
 

@@ -86,32 +86,48 @@ OW_INLINE const float* decode_block(const SparseGemmArgs& a, int64_t offset, con
   return buffer;
 }
 
-// Adds a row of a block to its sums: sums[t] += sum_j value_j * x[j, t]. Returns the next value.
+// acc[t] += w * x[j, t] for the first column j of a mask, which it loses.
 template <int kVecs>
-OW_INLINE const float* add_row(uint64_t mask, const float* value, const float* x, float* sums) {
+OW_INLINE void add_column(uint64_t& mask, VecF w, const float* x, VecF* acc) {
+  const float* column = x + __builtin_ctzll(mask) * (kVecs * kLanes);
+#pragma GCC unroll 16
+  for (int v = 0; v < kVecs; ++v) acc[v] = fma(w, load(column + v * kLanes), acc[v]);
+  mask &= mask - 1;
+}
+
+// Adds what a mask chooses: acc[t] += sum_j value_j * x[j, t]. A tier may have a better one, which
+// may fetch what lies `ahead` bytes on, too.
+struct AddOneByOne {
+  static constexpr bool kFetches = false;
+  template <int kVecs>
+  OW_INLINE void add(uint64_t mask, const float* value, int64_t, const float* x, VecF* acc) {
+    for (; mask != 0; ++value) add_column<kVecs>(mask, set1(*value), x, acc);
+  }
+};
+
+// Adds a row of a block to its sums. Returns the next value.
+template <int kVecs, class Add>
+OW_INLINE const float* add_row(uint64_t mask, const float* value, int64_t ahead, const float* x,
+                               float* sums) {
   VecF acc[kVecs];
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) acc[v] = load(sums + v * kLanes);
-  for (; mask != 0; mask &= mask - 1, ++value) {
-    const float* column = x + __builtin_ctzll(mask) * (kVecs * kLanes);
-    const VecF w = set1(*value);
-#pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) acc[v] = fma(w, load(column + v * kLanes), acc[v]);
-  }
+  Add::template add<kVecs>(mask, value, ahead, x, acc);
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, acc[v]);
-  return value;
+  return value + __builtin_popcountll(mask);
 }
 
 // Blocks of one k_block lie a panel apart, too far for the hardware to follow.
-OW_INLINE void prefetch_block(const SparsePattern& w, const void* values, int64_t size,
-                              int64_t panel, int64_t b) {
-  const int64_t block = panel * w.k_blocks + b;
+OW_INLINE void prefetch_masks(const SparsePattern& w, int64_t block) {
   const char* masks = reinterpret_cast<const char*>(w.masks + block * kSparsePanel);
   __builtin_prefetch(masks);
   __builtin_prefetch(masks + 64);
+}
+OW_INLINE void prefetch_values(const SparsePattern& w, const void* values, int64_t size,
+                               int64_t block, bool last) {
   const char* at = static_cast<const char*>(values) + w.offsets[block] * size;
-  const int64_t next = b + 1 < w.k_blocks ? w.offsets[block + 1] : w.offsets[block];
+  const int64_t next = last ? w.offsets[block] : w.offsets[block + 1];
   for (int64_t byte = 0; byte < (next - w.offsets[block]) * size; byte += 64) {
     __builtin_prefetch(at + byte);
   }
@@ -126,6 +142,15 @@ OW_INLINE void finish_outputs(const SparseGemmArgs& a, int64_t row, int64_t n, i
   const int64_t at = row * a.w.n + n;
   if (a.add != nullptr) value = add(value, load_n(static_cast<const T*>(a.add) + at, lanes));
   store_n(static_cast<T*>(a.y) + at, value, lanes);
+}
+
+// The outputs of a panel, from n on, for one row.
+OW_INLINE void finish_line(const SparseGemmArgs& a, int64_t row, int64_t n, VecF value) {
+  switch (a.y_type) {
+    case FloatType::f32: return finish_outputs<float>(a, row, n, a.w.n, value);
+    case FloatType::bf16: return finish_outputs<bf16>(a, row, n, a.w.n, value);
+    case FloatType::f16: return finish_outputs<f16>(a, row, n, a.w.n, value);
+  }
 }
 
 // Outputs [n_begin, n_end) of `rows` rows of y from `first` on, from tile [.., width].
@@ -157,38 +182,49 @@ OW_INLINE void finish_tile(const SparseGemmArgs& a, int64_t n_begin, int64_t n_e
 
 // Sums of panels [begin, end) over all of k; x is one panel of tokens, tile [16 (end - begin),
 // width].
-template <int kVecs>
+template <int kVecs, class Add>
 void sum_panels(const SparseGemmArgs& a, const float* x, int64_t begin, int64_t end, float* tile) {
   constexpr int64_t kWidth = kVecs * kLanes;
   constexpr int64_t kBlocks = kStepBytes / (kSparseBlockK * kWidth * int64_t(sizeof(float)));
   const SparsePattern& w = a.w;
   const int64_t size = value_size(a.value_type);
   memset(tile, 0, size_t((end - begin) * kSparsePanel * kWidth) * sizeof(float));
+  const bool fetches = Add::kFetches && a.value_type == ValueType::f32;  // else it sees a buffer
   float buffer[kSparseBlockSize];
   for (int64_t step = 0; step < w.k_blocks; step += kBlocks) {
     const int64_t step_end = min_of(step + kBlocks, w.k_blocks);
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t b = step; b < step_end; ++b) {
-        if (panel + 1 < end) prefetch_block(w, a.values, size, panel + 1, b);
         const int64_t block = panel * w.k_blocks + b;
+        int64_t ahead = 0;
+        if (panel + 1 < end) {
+          const int64_t next = block + w.k_blocks;
+          prefetch_masks(w, next);
+          if (fetches) {
+            ahead = (w.offsets[next] - w.offsets[block]) * size;
+          } else {
+            prefetch_values(w, a.values, size, next, b + 1 == w.k_blocks);
+          }
+        }
         const uint64_t* masks = w.masks + block * kSparsePanel;
         const float* value = decode_block(a, w.offsets[block], masks, buffer);
         const float* columns = x + b * kSparseBlockK * kWidth;
         float* sums = tile + (panel - begin) * kSparsePanel * kWidth;
         for (int64_t r = 0; r < kSparsePanel; ++r) {
-          value = add_row<kVecs>(masks[r], value, columns, sums + r * kWidth);
+          value = add_row<kVecs, Add>(masks[r], value, ahead, columns, sums + r * kWidth);
         }
       }
     }
   }
 }
 
-template <int64_t kWidth>
+template <int64_t kWidth, class Add>
 OW_INLINE void sum_width(const SparseGemmArgs& a, const float* x, int64_t begin, int64_t end,
                          float* tile) {
-  if constexpr (kWidth <= kWidest) sum_panels<int(kWidth / kLanes)>(a, x, begin, end, tile);
+  if constexpr (kWidth <= kWidest) sum_panels<int(kWidth / kLanes), Add>(a, x, begin, end, tile);
 }
 
+template <class Add>
 [[maybe_unused]] void run_tokens(const SparseGemmArgs& a, int64_t begin, int64_t end, float* tile) {
   constexpr int64_t kTilePanels = kTileRows / kSparsePanel;
   for_each_token_panel(a.m, kWidest, [&](int64_t first, int64_t rows, int64_t width) {
@@ -196,10 +232,10 @@ OW_INLINE void sum_width(const SparseGemmArgs& a, const float* x, int64_t begin,
     for (int64_t panel = begin; panel < end; panel += kTilePanels) {
       const int64_t last = min_of(panel + kTilePanels, end);
       switch (width) {
-        case 16: sum_width<16>(a, x, panel, last, tile); break;
-        case 32: sum_width<32>(a, x, panel, last, tile); break;
-        case 64: sum_width<64>(a, x, panel, last, tile); break;
-        default: sum_width<128>(a, x, panel, last, tile); break;
+        case 16: sum_width<16, Add>(a, x, panel, last, tile); break;
+        case 32: sum_width<32, Add>(a, x, panel, last, tile); break;
+        case 64: sum_width<64, Add>(a, x, panel, last, tile); break;
+        default: sum_width<128, Add>(a, x, panel, last, tile); break;
       }
       const int64_t n = panel * kSparsePanel;
       const int64_t n_end = min_of(last * kSparsePanel, a.w.n);

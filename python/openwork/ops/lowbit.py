@@ -57,7 +57,8 @@ def pack_lowbit(
         group_size: 16, 32, 64, 128, or k (one group a row, k up to 65536).
 
     Returns:
-        A :class:`~openwork.PackedWeight` of new tensors in huge-page memory.
+        A :class:`~openwork.PackedWeight` of new tensors on the device of ``codes``, on a CPU in
+        huge-page memory. It runs on every device that it is moved to.
 
     Raises:
         ValueError: a wrong dtype, shape, range, or a scale that is not finite.
@@ -182,7 +183,7 @@ def lowbit_embedding(
         ``[..., k]``: ``scales * (codes - zeros)`` in fp32, rounded once. No gradient.
 
     Raises:
-        ValueError: a wrong dtype, or an id out of range.
+        ValueError: a wrong dtype, or an id out of range. On a GPU the row of such an id is NaN.
 
     Example:
         >>> codes = torch.arange(8, 16, dtype=torch.uint8)[:, None].expand(8, 32)
