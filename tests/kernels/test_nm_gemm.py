@@ -19,15 +19,15 @@ from .tables import Entry
 FAMILY = "nm_gemm"
 U = floats.ROUNDOFF["float32"]
 
-# Around the rows kernels' 4 and 8, a vector of tokens (8, 16) and a panel of them (64, 128).
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 145)
+# All that a kernel of rows takes at once; around a vector of tokens (8, 16) and a panel (64, 128).
+ROWS = (*range(1, 18), 31, 63, 64, 65, 127, 128, 129, 145)
 # Around a panel of 16 and the 256 outputs whose sums a panel kernel keeps.
 OUTPUTS = (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 255, 256, 257)
 # Around a block and a unit of 2:4 (64 columns), and its half.
 DEPTHS = (1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 100, 128, 300)
 PATTERNS = (
-    (1, 4), (2, 4), (3, 4), (1, 8), (4, 8), (7, 8), (1, 16), (5, 16), (15, 16), (1, 32), (9, 32),
-    (31, 32),
+    (1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (4, 8), (7, 8), (1, 16), (4, 16), (5, 16), (8, 16),
+    (15, 16), (1, 32), (9, 32), (31, 32),
 )  # fmt: skip
 VECTORS = (1, 8, 16, 32)
 

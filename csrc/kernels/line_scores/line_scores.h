@@ -25,7 +25,7 @@ namespace ow {
 constexpr int64_t kProbePanel = 64;
 // Keys whose weights share a largest score: 32 KiB of them.
 constexpr int64_t kProbeChunk = 128;
-// A product of AMX takes 32 elements of bf16; panels are padded to that with zeros.
+// A product of AMX takes 32 elements of bf16; panels of pairs are padded to that with zeros.
 constexpr int64_t kProbeDepth = 32;
 
 // Where the element (b, token, head, 0) of q or k is; strides in elements, the last 1.
@@ -72,10 +72,11 @@ OW_INLINE constexpr int32_t probe_key(FloatType type) { return int32_t(type); }
   X(isa, probe_key(FloatType::bf16), kAnyM, fn) \
   X(isa, probe_key(FloatType::f16), kAnyM, fn)
 
-#define OW_LINE_SCORES_KERNELS(X)                                                              \
-  OW_IF_AVX512AMX(X(avx512amx, probe_key(FloatType::bf16), kAnyM, line_scores_bf16_avx512amx)) \
-  OW_IF_AVX512(OW_LINE_SCORES_EACH_TYPE(X, avx512, line_scores_avx512))                        \
-  OW_IF_AVX2(OW_LINE_SCORES_EACH_TYPE(X, avx2, line_scores_avx2))                              \
+#define OW_LINE_SCORES_KERNELS(X)                                                                 \
+  OW_IF_AVX512AMX(X(avx512amx, probe_key(FloatType::bf16), kAnyM, line_scores_bf16_avx512amx))    \
+  OW_IF_AVX512BF16(X(avx512bf16, probe_key(FloatType::bf16), kAnyM, line_scores_bf16_avx512bf16)) \
+  OW_IF_AVX512(OW_LINE_SCORES_EACH_TYPE(X, avx512, line_scores_avx512))                           \
+  OW_IF_AVX2(OW_LINE_SCORES_EACH_TYPE(X, avx2, line_scores_avx2))                                 \
   OW_LINE_SCORES_EACH_TYPE(X, scalar, line_scores_scalar)
 
 #define OW_DECLARE(isa, key, max_m, fn) void fn(const LineScoresArgs&, float*, int64_t, int64_t);

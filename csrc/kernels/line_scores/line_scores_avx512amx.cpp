@@ -4,7 +4,7 @@
 //
 // of keys where they lie and a panel of pairs. Four products, of the panel's four vectors, share a
 // tile of keys.
-#include "kernels/line_scores/line_scores_body.h"
+#include "kernels/line_scores/line_scores_avx512bf16.h"
 #include "simd/tiles.h"
 
 namespace ow {
@@ -15,20 +15,7 @@ constexpr int64_t kTileKeys = kTileRows;
 // Elements of a key that may have to be copied; longer ones take the floats' way.
 constexpr int64_t kMostCopied = 512;
 
-struct TileProduct {
-  static int64_t depth(const Panel<bf16>& p) { return round_up(p.d, kProbeDepth); }
-
-  // [depth / 2, 64, 2], zero past d and past the rows.
-  static void pack(const Panel<bf16>& p) {
-    bf16* packed = reinterpret_cast<bf16*>(p.packed);
-    memset(packed, 0, size_t(depth(p) * kProbePanel) * sizeof(bf16));
-    for (int64_t l = 0; l < p.rows; ++l) {
-      for (int64_t i = 0; i < p.d; ++i) {
-        packed[(i / 2 * kProbePanel + l) * 2 + i % 2] = p.q[l * p.q_stride + i];
-      }
-    }
-  }
-
+struct TileProduct : PairPanel {
   static void tile(const Panel<bf16>& p, const bf16* k, int64_t stride, float* out) {
     const char* lines = reinterpret_cast<const char*>(p.packed);
     constexpr int64_t kLineBytes = kProbePanel * 2 * int64_t(sizeof(bf16));

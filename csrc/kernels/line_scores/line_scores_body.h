@@ -28,6 +28,17 @@ struct Panel {
   int64_t keys() const { return first + rows; }  // that any of the queries sees
 };
 
+// q . k of `count` keys, into out [count, 64], by tiles of a product.
+template <class Product, class T>
+void multiply_keys(const Panel<T>& p, int64_t key, int64_t count, float* out) {
+  constexpr int kKeys = Product::kKeys;
+  int64_t j = 0;
+  for (; j + kKeys <= count; j += kKeys) {
+    Product::template tile<kKeys>(p, key + j, out + j * kProbePanel);
+  }
+  for (; j < count; ++j) Product::template tile<1>(p, key + j, out + j * kProbePanel);
+}
+
 // Products of floats, in fp32: packed is [d, 64] floats.
 template <class T>
 struct FloatProduct {
@@ -77,11 +88,8 @@ struct FloatProduct {
     }
   }
 
-  // q . k of `count` keys, into out [count, 64].
   static void run(const Panel<T>& p, int64_t key, int64_t count, float* out) {
-    int64_t j = 0;
-    for (; j + kKeys <= count; j += kKeys) tile<kKeys>(p, key + j, out + j * kProbePanel);
-    for (; j < count; ++j) tile<1>(p, key + j, out + j * kProbePanel);
+    multiply_keys<FloatProduct>(p, key, count, out);
   }
 };
 

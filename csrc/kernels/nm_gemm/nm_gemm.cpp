@@ -17,7 +17,7 @@ constexpr int64_t kLaidPerTask = 1 << 14;
 const NmGemmKernels& kernels_for(const NmGemmArgs& args, Isa isa) {
   const int32_t key = nm_key(layout_for_bits(LayoutFamily::nm, args.bits)->id, args.int8);
   // Of few rows weights are read once, in their order, by the rows kernel of avx512.
-  const Isa most = args.m <= kNmRowsMaxM && isa > Isa::avx512 ? Isa::avx512 : isa;
+  const Isa most = args.m < kNmPairsMinM && isa > Isa::avx512 ? Isa::avx512 : isa;
   return *pick(kTable, nm_tier(args, most), key, args.m).fn;
 }
 

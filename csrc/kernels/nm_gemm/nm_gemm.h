@@ -128,6 +128,8 @@ constexpr int32_t nm_key(Layout layout, bool int8) { return int32_t(layout) * 2 
 
 // Rows up to which selecting in registers beats a panel of one vector of tokens.
 constexpr int64_t kNmRowsMaxM = 8;
+// Rows from which on 16 tokens in pairs, some of them zero, beat rows of floats.
+constexpr int64_t kNmPairsMinM = 7;
 
 #define OW_NM_GEMM_KERNELS(X)                                                            \
   OW_IF_AVX512BF16(                                                                      \

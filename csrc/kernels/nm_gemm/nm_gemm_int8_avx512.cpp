@@ -7,12 +7,76 @@ namespace ow {
 namespace avx512 {
 namespace {
 
-// Rows that share a decoded line: a line's weights, index and 8 sums fit the registers with room.
-constexpr int64_t kMaxRows = 8;
+// Columns that four slots select from, if those are the next 8 or 16 for every four slots: so they
+// are for 2:4, 4:8, 1:4, 2:8, 4:16 and 8:16. Otherwise 0.
+OW_INLINE int64_t window_of(const NmGemmArgs& a) {
+  const bool whole = (a.kept & (a.kept - 1)) == 0;
+  const int64_t window = a.kept <= 4 ? 4 / a.kept * a.block : a.block;
+  return whole && window <= 16 ? window : 0;
+}
+
+// Rows that share a decoded line, a pass: their sums, a line's weights and its index fit the
+// registers. Without windows 64 codes of each row are read at a time: more rows gain nothing.
+constexpr int most_rows(int64_t window) { return window > 0 ? 16 : 8; }
+
+// Passes of equal size: 17 rows cost 9 + 8, not 16 + 1. Later ones find the panel in L2.
+struct Passes {
+  int64_t m, count;
+
+  explicit Passes(const NmGemmArgs& a) : m(a.m), count(div_up(a.m, most_rows(window_of(a)))) {}
+  int64_t begin(int64_t pass) const { return m * pass / count; }
+  int64_t rows(int64_t pass) const { return begin(pass + 1) - begin(pass); }
+  int64_t of_row(int64_t row) const { return div_up((row + 1) * count, m) - 1; }
+};
+
+// --- x in windows --------------------------------------------------------------------------------
+//
+// Of each pass [columns / window, rows, window], so that one stream is read. Codes + 128, as in
+// rows.
+
+OW_INLINE const uint8_t* laid_pass(const NmGemmArgs& a, int64_t row) {
+  return static_cast<const uint8_t*>(a.laid) + row * nm_columns(a);
+}
+
+// Rows [begin, end), all of one pass, which starts at row `first`.
+template <int kWindow>
+void lay_out_pass(const NmGemmArgs& a, int64_t begin, int64_t end, int64_t first, int64_t rows) {
+  const int8_t* x = static_cast<const int8_t*>(a.x);
+  uint8_t* out = static_cast<uint8_t*>(a.laid) + first * nm_columns(a);
+  for (int64_t k = 0; k < nm_columns(a); k += 64) {
+    const __mmask64 mask = k + 64 <= a.k ? ~0ull : k < a.k ? (1ull << (a.k - k)) - 1 : 0;
+    for (int64_t row = begin; row < end; ++row) {
+      alignas(64) uint8_t codes[64];
+      _mm512_store_si512(codes, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, x + row * a.k + k),
+                                                 _mm512_set1_epi8(char(128))));
+      uint8_t* to = out + k * rows + (row - first) * kWindow;
+      for (int64_t i = 0; i < 64; i += kWindow) memcpy(to + i * rows, codes + i, kWindow);
+    }
+  }
+}
+
+int64_t laid_int8_bytes(const NmGemmArgs& a) {
+  return window_of(a) > 0 ? a.m * nm_columns(a) : laid_row_bytes(a);
+}
+
+void lay_out_int8(const NmGemmArgs& a, int64_t begin, int64_t end) {
+  const int64_t window = window_of(a);
+  if (window == 0) return lay_out_rows(a, begin, end);
+  const Passes passes(a);
+  for (int64_t row = begin; row < end;) {
+    const int64_t pass = passes.of_row(row);
+    const int64_t last = min_of(passes.begin(pass + 1), end);
+    const auto lay_out = window == 8 ? lay_out_pass<8> : lay_out_pass<16>;
+    lay_out(a, row, last, passes.begin(pass), passes.rows(pass));
+    row = last;
+  }
+}
+
+// --- decoding ------------------------------------------------------------------------------------
 
 // acc += four products a lane. gcc 12 copies the accumulator round the intrinsic.
 OW_INLINE void dot4(__m512i& acc, __m512i unsigned_x, __m512i w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_x), "v"(w));
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_x), "v"(w));
 }
 
 // The index lines of a panel, spread to one lane an output.
@@ -29,8 +93,12 @@ class IndexReader {
   }
 
   __m512i line(int64_t unit, int64_t i) const {
-    const uint8_t* at = index_ + unit * unit_bytes_ + i * line_bytes_;
-    return _mm512_permutexvar_epi32(spread_, _mm512_maskz_loadu_epi32(mask_, at));
+    return line_at(index_ + unit * unit_bytes_ + i * line_bytes_);
+  }
+
+  void fetch(int64_t unit) const {
+    _mm_prefetch(index_ + unit * unit_bytes_, _MM_HINT_T0);
+    _mm_prefetch(index_ + unit * unit_bytes_ + 64, _MM_HINT_T0);
   }
 
   // The indices of four slots, the q-th of the unit, one a byte.
@@ -47,10 +115,55 @@ class IndexReader {
   }
 
  private:
+  __m512i line_at(const uint8_t* at) const {
+    return _mm512_permutexvar_epi32(spread_, _mm512_maskz_loadu_epi32(mask_, at));
+  }
+
   const uint8_t* index_;
   int64_t unit_bytes_, line_bytes_;
   __mmask16 mask_;
   __m512i spread_;
+};
+
+// (a & mask) | b, mask for each byte.
+OW_INLINE __m512i or_field(__m512i a, int mask, __m512i b) {
+  return _mm512_ternarylogic_epi64(a, _mm512_set1_epi8(char(mask)), b, 0xea);
+}
+
+// The indices of four slots after another, those of an index line.
+template <int kBlock>
+class LineIndices {
+ public:
+  static constexpr int kCount = kBlock <= 8 ? 4 : 2;
+
+  // From the q-th four slots of the row on.
+  __attribute__((always_inline)) LineIndices(const IndexReader& index, int64_t q) {
+    const int64_t unit = q / 8;
+    const int64_t line = q % 8 / kCount;
+    const __m128i begin = _mm_cvtsi64_si128(q % kCount * kLow);
+    low_ = _mm512_srl_epi16(index.line(unit, line), begin);
+    if constexpr (kHigh) {  // bit q % 8 becomes bit kLow
+      const __m512i high = index.line(unit, kLow);
+      high_ = _mm512_srl_epi16(line == 0 ? _mm512_slli_epi16(high, 2) : _mm512_srli_epi16(high, 2),
+                               _mm_cvtsi64_si128(q % kCount));
+    }
+  }
+  // Or `with`, one a byte.
+  __attribute__((always_inline)) __m512i get(__m512i with) const {
+    const __m512i low = or_field(low_, (1 << kLow) - 1, with);
+    if constexpr (kHigh) return or_field(high_, 1 << kLow, low);
+    return low;
+  }
+  __attribute__((always_inline)) void next() {
+    low_ = _mm512_srli_epi16(low_, kLow);
+    if constexpr (kHigh) high_ = _mm512_srli_epi16(high_, 1);
+  }
+
+ private:
+  static constexpr int kLow = kBlock <= 8 ? 2 : 4;
+  static constexpr bool kHigh = kBlock == 8;
+
+  __m512i low_, high_;
 };
 
 // The weights of four slots, the q-th of the row, one a byte; int4 ones are 16 times too large,
@@ -66,15 +179,20 @@ OW_INLINE __m512i weights_of(const uint8_t* values, int64_t q) {
 // Sums of one group.
 template <int kRows>
 struct Sums {
-  __m512i x[kRows][2], w;  // two chains for the latency of vpdpbusd
+  static constexpr int kChains = kRows <= 8 ? 2 : 1;  // for the latency of vpdpbusd
+  __m512i x[kRows][kChains], w;
 
   Sums() {
     w = _mm512_setzero_si512();
-    for (int r = 0; r < kRows; ++r) x[r][0] = x[r][1] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c) x[r][c] = _mm512_setzero_si512();
+    }
   }
   void add_weights(__m512i weights) { dot4(w, _mm512_set1_epi8(char(128)), weights); }
   VecF of_row(int r) const {
-    const __m512i sum = _mm512_add_epi32(x[r][0], x[r][1]);
+    const __m512i sum = kChains == 1 ? x[r][0] : _mm512_add_epi32(x[r][0], x[r][kChains - 1]);
     return to_float(VecI{_mm512_sub_epi32(sum, w)});
   }
 };
@@ -102,8 +220,9 @@ struct Quads {
 // Lines [begin, end) of four slots.
 template <int kBits, int kBlock, int kRows>
 OW_INLINE void add_lines(const NmGemmArgs& a, const uint8_t* values, const IndexReader& index,
-                         const Quads& quads, const uint8_t* x, int64_t stride, int64_t begin,
-                         int64_t end, Sums<kRows>* sums) {
+                         const Quads& quads, const uint8_t* x, int64_t begin, int64_t end,
+                         Sums<kRows>* sums) {
+  const int64_t stride = code_stride(a);
   int64_t period = begin / a.kept;
   int64_t of_period = begin % a.kept;
   for (int64_t q = begin; q < end; ++q) {
@@ -124,96 +243,134 @@ OW_INLINE void add_lines(const NmGemmArgs& a, const uint8_t* values, const Index
   }
 }
 
-// --- 2:4 -----------------------------------------------------------------------------------------
+// --- patterns with windows -----------------------------------------------------------------------
 
-// Index lines [begin, end): of 16 slots each, 32 columns. The 8 codes that a line of values selects
-// from are one broadcast.
-template <int kBits, int kRows>
-OW_INLINE void add_lines_2_4(const uint8_t* values, const IndexReader& index, const uint8_t* x,
-                             int64_t stride, int64_t begin, int64_t end, Sums<kRows>* sums) {
-  const __m512i field = _mm512_set1_epi8(3);
-  const __m512i second_block = _mm512_set1_epi32(0x04040000);
-  for (int64_t line = begin; line < end; ++line) {
-    const __m512i lanes = index.line(line / 2, line % 2);
+// Four slots' products of every row: `from` is [rows, window].
+template <int kWindow, int kRows>
+OW_INLINE void add_window(const uint8_t* from, __m512i select, __m512i w, int chain,
+                          Sums<kRows>* sums) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    __m512i codes;
+    if constexpr (kWindow == 8) {
+      long long eight;
+      memcpy(&eight, from + r * 8, 8);
+      codes = _mm512_set1_epi64(eight);
+    } else {
+      codes =
+          _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * 16)));
+    }
+    dot4(sums->x[r][chain % Sums<kRows>::kChains], _mm512_shuffle_epi8(codes, select), w);
+  }
+}
+
+// Bytes of values that are fetched ahead: the processor's prefetchers stop at every page of 4 KiB.
+constexpr int64_t kAhead = 2048;
+
+// kCount lines of four slots from line q on, of one index line.
+template <int kBits, int kBlock, int kWindow, int kCount, int kRows>
+OW_INLINE void add_windows(const uint8_t* values, const IndexReader& index, __m512i blocks,
+                           int shift, const uint8_t* x, int64_t q, Sums<kRows>* sums) {
+  for (int i = 0; i < kCount * kBits * 8; i += 64) {
+    _mm_prefetch(values + q * kBits * 8 + kAhead + i, _MM_HINT_T0);
+  }
+  index.fetch(q / 8 + kAhead / (kBits * 64));
+  LineIndices<kBlock> indices(index, q);
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      const __m512i w = weights_of<kBits>(values, line * 4 + q);
-      sums->add_weights(w);
-      // (lanes >> 2 q & 3) | second_block
-      const __m512i select = _mm512_ternarylogic_epi64(_mm512_srli_epi16(lanes, unsigned(2 * q)),
-                                                       field, second_block, 0xea);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        long long eight;
-        memcpy(&eight, x + r * stride + line * 32 + q * 8, 8);
-        const __m512i codes = _mm512_set1_epi64(eight);
-        dot4(sums->x[r][q % 2], _mm512_permutexvar_epi8(select, codes), w);
-      }
+  for (int i = 0; i < kCount; ++i, indices.next()) {
+    const __m512i w = weights_of<kBits>(values, q + i);
+    sums->add_weights(w);
+    add_window<kWindow, kRows>(x + ((q + i) >> shift) * kWindow * kRows, indices.get(blocks), w, i,
+                               sums);
+  }
+}
+
+// Lines [begin, end) of four slots; `blocks` are the slots' blocks, in columns from the window's
+// first.
+template <int kBits, int kBlock, int kWindow, int kRows>
+OW_INLINE void add_range(const NmGemmArgs& a, const uint8_t* values, const IndexReader& index,
+                         __m512i blocks, const uint8_t* x, int64_t begin, int64_t end,
+                         Sums<kRows>* sums) {
+  constexpr int kCount = LineIndices<kBlock>::kCount;
+  const int shift = kBlock == 16 && a.kept == 8 ? 1 : 0;  // 8:16: a window serves two lines
+  int64_t q = begin;
+  while (q < end) {
+    if (q % kCount == 0 && end - q >= kCount) {
+      add_windows<kBits, kBlock, kWindow, kCount, kRows>(values, index, blocks, shift, x,
+                                                         q / kCount * kCount, sums);
+      q += kCount;
+    } else {
+      add_windows<kBits, kBlock, kWindow, 1, kRows>(values, index, blocks, shift, x, q, sums);
+      ++q;
     }
   }
 }
 
 // --- a panel -------------------------------------------------------------------------------------
 
-template <int kBits, int kBlock, bool kTwoOfFour, int kRows>
+template <int kBits, int kBlock, int kWindow, int kRows>
 void multiply_rows(const NmGemmArgs& a, int64_t panel, int64_t row) {
-  constexpr int64_t kStep = kTwoOfFour ? 16 : 4;  // slots that `begin` and `end` below count
   const IndexReader index(a, panel);
   const Quads quads(a);
+  const __m512i blocks = _mm512_set1_epi32(int(quads.offset[0]));
   const uint8_t* values = nm_unit_values(a, panel, 0);
-  const uint8_t* x = laid_codes(a, row);
-  const int64_t stride = code_stride(a);
-  const int64_t steps = div_up(nm_slots(a.k, a.kept, a.block), kStep);
-  const int64_t group_steps = a.groups == 1 ? steps : a.group_size / a.block * a.kept / kStep;
+  const uint8_t* x = kWindow > 0 ? laid_pass(a, row) : laid_codes(a, row);
+  const int64_t lines = div_up(nm_slots(a.k, a.kept, a.block), 4);
+  const int64_t group_lines = a.groups == 1 ? lines : a.group_size / a.block * a.kept / 4;
   const VecF unit = set1(kBits == 4 ? 1.0f / 16 : 1.0f);
-  VecF totals[kRows];
-  for (int r = 0; r < kRows; ++r) totals[r] = set1(0.0f);
+  alignas(64) float totals[kRows][kNmPanel] = {};  // in memory: the registers hold a group's sums
   for (int64_t g = 0; g < a.groups; ++g) {
-    const int64_t begin = g * group_steps;
-    const int64_t end = min_of(begin + group_steps, steps);
+    const int64_t begin = g * group_lines;
+    const int64_t end = min_of(begin + group_lines, lines);
     Sums<kRows> sums;
-    if constexpr (kTwoOfFour) {
-      add_lines_2_4<kBits, kRows>(values, index, x, stride, begin, end, &sums);
+    if constexpr (kWindow == 0) {
+      add_lines<kBits, kBlock, kRows>(a, values, index, quads, x, begin, end, &sums);
     } else {
-      add_lines<kBits, kBlock, kRows>(a, values, index, quads, x, stride, begin, end, &sums);
+      add_range<kBits, kBlock, kWindow, kRows>(a, values, index, blocks, x, begin, end, &sums);
     }
     const VecF scale = mul(load_scales(a, panel, g), unit);
-    for (int r = 0; r < kRows; ++r) totals[r] = fma(sums.of_row(r), scale, totals[r]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      store(totals[r], fma(sums.of_row(r), scale, load(totals[r])));
+    }
   }
   for (int r = 0; r < kRows; ++r) {
-    alignas(64) float y[kNmPanel];
-    store(y, mul(totals[r], set1(a.x_scales[row + r])));
-    finish(a, row + r, panel * kNmPanel, y);
+    store(totals[r], mul(load(totals[r]), set1(a.x_scales[row + r])));
+    finish(a, row + r, panel * kNmPanel, totals[r]);
   }
 }
 
-template <int kBits, int kBlock, bool kTwoOfFour>
+template <int kBits, int kBlock, int kWindow, int kRows = most_rows(kWindow)>
+OW_INLINE void multiply_pass(const NmGemmArgs& a, int64_t panel, int64_t row, int64_t rows) {
+  if (rows == kRows) {
+    multiply_rows<kBits, kBlock, kWindow, kRows>(a, panel, row);
+  } else if constexpr (kRows > 1) {
+    multiply_pass<kBits, kBlock, kWindow, kRows - 1>(a, panel, row, rows);
+  }
+}
+
+template <int kBits, int kBlock, int kWindow>
 void multiply_range(const NmGemmArgs& a, int64_t begin, int64_t end) {
-  using RowsFn = void (*)(const NmGemmArgs&, int64_t panel, int64_t row);
-  constexpr RowsFn kBy[] = {
-      multiply_rows<kBits, kBlock, kTwoOfFour, 1>, multiply_rows<kBits, kBlock, kTwoOfFour, 2>,
-      multiply_rows<kBits, kBlock, kTwoOfFour, 3>, multiply_rows<kBits, kBlock, kTwoOfFour, 4>,
-      multiply_rows<kBits, kBlock, kTwoOfFour, 5>, multiply_rows<kBits, kBlock, kTwoOfFour, 6>,
-      multiply_rows<kBits, kBlock, kTwoOfFour, 7>, multiply_rows<kBits, kBlock, kTwoOfFour, 8>};
-  // Passes of equal size: 9 rows cost 5 + 4, not 8 + 1. Later passes find the panel in L2.
-  const int64_t passes = div_up(a.m, kMaxRows);
+  const Passes passes(a);
   for (int64_t panel = begin; panel < end; ++panel) {
-    for (int64_t pass = 0; pass < passes; ++pass) {
-      const int64_t row = a.m * pass / passes;
-      kBy[a.m * (pass + 1) / passes - row - 1](a, panel, row);
+    for (int64_t pass = 0; pass < passes.count; ++pass) {
+      multiply_pass<kBits, kBlock, kWindow>(a, panel, passes.begin(pass), passes.rows(pass));
     }
   }
 }
 
 template <int kBits>
 void multiply_bits(const NmGemmArgs& a, int64_t begin, int64_t end) {
-  switch (a.block) {
-    case 4:
-      return a.kept == 2 ? multiply_range<kBits, 4, true>(a, begin, end)
-                         : multiply_range<kBits, 4, false>(a, begin, end);
-    case 8: return multiply_range<kBits, 8, false>(a, begin, end);
-    case 16: return multiply_range<kBits, 16, false>(a, begin, end);
-    default: return multiply_range<kBits, 32, false>(a, begin, end);
+  switch (a.block * 100 + window_of(a)) {
+    case 408: return multiply_range<kBits, 4, 8>(a, begin, end);
+    case 416: return multiply_range<kBits, 4, 16>(a, begin, end);
+    case 400: return multiply_range<kBits, 4, 0>(a, begin, end);
+    case 808: return multiply_range<kBits, 8, 8>(a, begin, end);
+    case 816: return multiply_range<kBits, 8, 16>(a, begin, end);
+    case 800: return multiply_range<kBits, 8, 0>(a, begin, end);
+    case 1616: return multiply_range<kBits, 16, 16>(a, begin, end);
+    case 1600: return multiply_range<kBits, 16, 0>(a, begin, end);
+    default: return multiply_range<kBits, 32, 0>(a, begin, end);
   }
 }
 
@@ -224,7 +381,7 @@ void multiply_int8(const NmGemmArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace avx512
 
-const NmGemmKernels nm_gemm_int8_avx512 = {avx512::laid_row_bytes, 1, avx512::lay_out_rows,
+const NmGemmKernels nm_gemm_int8_avx512 = {avx512::laid_int8_bytes, 1, avx512::lay_out_int8,
                                            avx512::multiply_int8};
 
 }  // namespace ow

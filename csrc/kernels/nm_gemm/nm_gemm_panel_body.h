@@ -79,31 +79,41 @@ void lay_out_vectors(const NmGemmArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// sums[kRows][stride] += weights of the kRows outputs from `lane` on, which have one index, times
-// kVectors vectors of tokens. Its own function, with every size a template argument, so that the
-// sums stay in registers.
-template <int kRows, int kVectors>
+// sums[kRows][stride] += weights of the kRows outputs from `lane` on times kVectors vectors of
+// tokens. Outputs with one index (kOneIndex) share the rows of x. Its own function, with every size
+// a template argument, so that the sums stay in registers.
+template <int kRows, int kVectors, bool kOneIndex>
 __attribute__((noinline)) void multiply_outputs(const float* x, const Tile& tile, Slots slots,
                                                 int64_t lane, float* sums, int64_t stride) {
   VecF acc[kRows][kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) acc[r][v] = load(sums + r * stride + v * kLanes);
   }
   for (int64_t s = slots.begin; s < slots.end; ++s) {
-    const float* row = x + tile.columns[s][lane];
-    VecF w[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) w[r] = set1(tile.weights[s][lane + r]);
+    if constexpr (kOneIndex) {
+      const float* row = x + tile.columns[s][lane];
+      VecF w[kRows];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const VecF xv = load(row + v * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) acc[r][v] = fma(xv, w[r], acc[r][v]);
+      for (int r = 0; r < kRows; ++r) w[r] = set1(tile.weights[s][lane + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const VecF xv = load(row + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r][v] = fma(xv, w[r], acc[r][v]);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const float* row = x + tile.columns[s][lane + r];
+        const VecF w = set1(tile.weights[s][lane + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(load(row + v * kLanes), w, acc[r][v]);
+      }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(sums + r * stride + v * kLanes, acc[r][v]);
@@ -131,9 +141,10 @@ struct Ahead {
     __builtin_prefetch(nm_unit_index(a, panel, slots.unit));
     __builtin_prefetch(nm_unit_index(a, panel, slots.unit) + 64);
   }
-  void fetch_share(int64_t lane) const {
-    const auto first = [lane](int64_t bytes) { return bytes * lane / kNmPanel; };
-    const auto end = [lane](int64_t bytes) { return bytes * (lane + kShared) / kNmPanel; };
+  // The share of outputs [lane, lane + count).
+  void fetch_share(int64_t lane, int64_t count) const {
+    const auto first = [=](int64_t bytes) { return bytes * lane / kNmPanel; };
+    const auto end = [=](int64_t bytes) { return bytes * (lane + count) / kNmPanel; };
     for (int64_t at = first(value_bytes); at < end(value_bytes); at += 64) {
       __builtin_prefetch(values + at);
     }
@@ -147,24 +158,28 @@ struct Ahead {
 // The 16 outputs of a tile.
 OW_INLINE void multiply_tile(const float* x, const Tile& tile, Slots slots, bool shared,
                              const Ahead& ahead, float* sums, int64_t stride) {
-  constexpr MultiplyFn kOne[] = {multiply_outputs<1, 1>, multiply_outputs<1, 2>,
-                                 multiply_outputs<1, 3>, multiply_outputs<1, 4>,
-                                 multiply_outputs<1, 5>, multiply_outputs<1, 6>,
-                                 multiply_outputs<1, 7>, multiply_outputs<1, 8>};
-  constexpr MultiplyFn kSharing[] = {multiply_outputs<kShared, 1>, multiply_outputs<kShared, 2>,
-                                     multiply_outputs<kShared, 3>, multiply_outputs<kShared, 4>};
+  // Of few vectors, several outputs at a time: an FMA waits 4 cycles for the one before it.
+  constexpr MultiplyFn kApart[] = {multiply_outputs<8, 1, false>, multiply_outputs<4, 2, false>,
+                                   multiply_outputs<4, 3, false>, multiply_outputs<2, 4, false>,
+                                   multiply_outputs<1, 5, false>, multiply_outputs<1, 6, false>,
+                                   multiply_outputs<1, 7, false>, multiply_outputs<1, 8, false>};
+  constexpr int64_t kApartRows[] = {8, 4, 4, 2, 1, 1, 1, 1};
+  constexpr MultiplyFn kSharing[] = {
+      multiply_outputs<kShared, 1, true>, multiply_outputs<kShared, 2, true>,
+      multiply_outputs<kShared, 3, true>, multiply_outputs<kShared, 4, true>};
   const int64_t vectors = stride / kLanes;
   if (!shared) {
-    for (int64_t lane = 0; lane < kNmPanel; ++lane) {
-      if (lane % kShared == 0) ahead.fetch_share(lane);
-      kOne[vectors - 1](x, tile, slots, lane, sums + lane * stride, stride);
+    const int64_t rows = kApartRows[vectors - 1];
+    for (int64_t lane = 0; lane < kNmPanel; lane += rows) {
+      if (lane % kShared == 0) ahead.fetch_share(lane, rows > kShared ? rows : kShared);
+      kApart[vectors - 1](x, tile, slots, lane, sums + lane * stride, stride);
     }
     return;
   }
   for (int64_t v = 0; v < vectors; v += 4) {
     const MultiplyFn multiply = kSharing[min_of(4, vectors - v) - 1];
     for (int64_t lane = 0; lane < kNmPanel; lane += kShared) {
-      if (v == 0) ahead.fetch_share(lane);
+      if (v == 0) ahead.fetch_share(lane, kShared);
       multiply(x + v * kLanes, tile, slots, lane, sums + lane * stride + v * kLanes, stride);
     }
   }
