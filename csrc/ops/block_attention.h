@@ -91,7 +91,7 @@ inline AttentionCall attention_call(const char* op, const AttentionInputs& input
   AttentionCall call{};
   BlockAttentionArgs& args = call.args;
   args.heads = q.size(2);
-  args.kv_heads = k.size(2);
+  args.kv_heads = args.kv_end = k.size(2);
   args.d = q.size(3);
   args.dv = v.size(3);
   args.type = float_type(q);

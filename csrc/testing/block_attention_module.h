@@ -49,7 +49,7 @@ inline std::tuple<Array<float>, Array<float>, Array<float>> block_attention_kern
   sequence.queries = q.shape(0);
   sequence.keys = k.shape(0);
   BlockAttentionArgs args{};
-  args.heads = args.kv_heads = args.index_heads = 1;
+  args.heads = args.kv_heads = args.kv_end = args.index_heads = 1;
   args.d = q.shape(1);
   args.dv = v.shape(1);
   args.type = float_type(q, "q");

@@ -94,7 +94,7 @@ void check_driver() {
     }
     parts[1].unit = div_up(int64_t{100}, kUnitKeys);
     for (int tier = 0; tier <= int(detected_isa()); ++tier) {
-      const auto run = [&](const Parallel& parallel) {
+      const auto run = [&](const Parallel& parallel, int64_t pass_heads = 2) {
         BlockAttentionArgs a = p.args;
         a.sequences = parts;
         a.sequence_count = 2;
@@ -103,7 +103,8 @@ void check_driver() {
         a.v = p.v.data();
         a.index_heads = 1;
         a.score_rows = p.score_rows.data();
-        const BlockAttentionPlan plan = plan_block_attention(a, Isa(tier), parallel.threads);
+        BlockAttentionPlan plan = plan_block_attention(a, Isa(tier), parallel.threads);
+        plan.pass_heads = pass_heads;
         std::vector<float> results(size_t(200 * 4 * 33 + 4 * 200), 0.0f);
         a.o = results.data();
         a.lse = results.data() + 200 * 4 * 32;
@@ -122,6 +123,8 @@ void check_driver() {
         CHECK(run(reversed_parallel(threads)) == whole,
               "block_attention: %s: depends on %d threads", isa_name(Isa(tier)), int(threads));
       }
+      CHECK(run(serial_parallel(), 1) == whole,
+            "block_attention: %s: depends on the heads of a pass", isa_name(Isa(tier)));
     }
   }
 }

@@ -123,7 +123,7 @@ inline Attention make_attention(const AttentionShape& s, FloatType type) {
   Attention p;
   BlockAttentionArgs& a = p.args;
   a.heads = s.heads;
-  a.kv_heads = s.kv_heads;
+  a.kv_heads = a.kv_end = s.kv_heads;
   a.d = s.d;
   a.dv = s.dv;
   a.type = type;

@@ -18,6 +18,11 @@ constexpr int64_t kScoreParts = 4;
 // Multiply-adds below which another thread costs more than it saves (about 4 us).
 constexpr int64_t kWorkPerTask = 1 << 17;
 
+// Keys and values laid out at a time, if there is work for all threads in that: they stay in the
+// last cache, and allocators give larger pieces back to the system, whose pages then are cleared
+// again in every call.
+constexpr int64_t kPassBytes = 16 << 20;
+
 // Tiles of a sequence: every block_m queries start a new one.
 int64_t block_rows(const BlockAttentionArgs& a) {
   return a.blocks.indptr == nullptr ? kQueryTile : a.block_m;
@@ -29,25 +34,28 @@ struct Part {
   int64_t sequence, head, begin, end;
 };
 
-// All parts: of each sequence, tiles of all heads one after another, or where scores are summed,
-// head after head.
+// All parts of the key heads laid out: of each sequence, tiles of all heads one after another, or
+// where scores are summed, head after head.
 class Parts {
  public:
   explicit Parts(const BlockAttentionArgs& a) : a_(a) {}
 
   template <class Visit>
   void each(const Visit& visit) const {
+    const int64_t group = a_.heads / a_.kv_heads;
+    const int64_t begin = a_.kv_begin * group;
+    const int64_t end = a_.kv_end * group;
     for (int64_t s = 0; s < a_.sequence_count; ++s) {
       const int64_t tiles = attention_tiles(a_, s);
       if (a_.score_rows == nullptr) {
         // Heads of a token lie together: their tiles find the pages of q and o at hand.
         for (int64_t i = 0; i < tiles; ++i) {
-          for (int64_t head = 0; head < a_.heads; ++head) visit(Part{s, head, i, i + 1});
+          for (int64_t head = begin; head < end; ++head) visit(Part{s, head, i, i + 1});
         }
         continue;
       }
       const int64_t parts = min_of(tiles, kScoreParts);
-      for (int64_t head = 0; head < a_.heads; ++head) {
+      for (int64_t head = begin; head < end; ++head) {
         for (int64_t i = 0; i < parts; ++i) {
           visit(Part{s, head, tiles * i / parts, tiles * (i + 1) / parts});
         }
@@ -104,7 +112,7 @@ int64_t cost_of(const BlockAttentionArgs& a, const Part& part) {
 
 int64_t all_units(const BlockAttentionArgs& a) {
   const AttentionSequence& last = a.sequences[a.sequence_count - 1];
-  return (last.unit + div_up(last.keys, kUnitKeys)) * a.kv_heads;
+  return (last.unit + div_up(last.keys, kUnitKeys)) * (a.kv_end - a.kv_begin);
 }
 
 bool any_score_row(const BlockAttentionArgs& a, const QueryTile& tile) {
@@ -140,30 +148,9 @@ void sum_scores(const BlockAttentionArgs& a, const float* partial) {
   });
 }
 
-}  // namespace
-
-BlockAttentionPlan plan_block_attention(const BlockAttentionArgs& args, Isa isa, int64_t threads) {
-  BlockAttentionPlan plan{};
-  plan.kernels = pick(kTable, isa, int32_t(args.type), kAnyM).fn;
-  plan.packed_unit_bytes = plan.kernels->packed_unit_bytes(args);
-  plan.packed_bytes = plan.packed_unit_bytes * all_units(args);
-  plan.scratch_bytes = round_up(plan.kernels->scratch_bytes(args), 64);
-  int64_t parts = 0;
-  int64_t cost = 0;
-  Parts(args).each([&](const Part& part) {
-    ++parts;
-    cost += cost_of(args, part);
-    if (args.score_rows != nullptr) {
-      plan.partial_score_count += args.sequences[part.sequence].keys;
-    }
-  });
-  const int64_t work = cost * kQueryTile * (args.d + args.dv);
-  plan.tasks = min_of(min_of(threads, parts), div_up(work, kWorkPerTask));
-  return plan;
-}
-
-void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& plan,
-                     uint8_t* scratch, float* partial_scores, const Parallel& parallel) {
+// The heads of one pass.
+void attend_heads(const BlockAttentionArgs& args, const BlockAttentionPlan& plan, uint8_t* scratch,
+                  float* partial_scores, const Parallel& parallel) {
   const int64_t units = all_units(args);
   parallel.for_each(plan.tasks, [&](int64_t task) {
     plan.kernels->pack(args, units * task / plan.tasks, units * (task + 1) / plan.tasks);
@@ -184,6 +171,41 @@ void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& p
     });
   });
   if (partial_scores != nullptr) sum_scores(args, partial_scores);
+}
+
+}  // namespace
+
+BlockAttentionPlan plan_block_attention(const BlockAttentionArgs& args, Isa isa, int64_t threads) {
+  BlockAttentionPlan plan{};
+  plan.kernels = pick(kTable, isa, int32_t(args.type), kAnyM).fn;
+  plan.packed_unit_bytes = plan.kernels->packed_unit_bytes(args);
+  plan.scratch_bytes = round_up(plan.kernels->scratch_bytes(args), 64);
+  int64_t parts = 0;
+  int64_t cost = 0;
+  int64_t scores = 0;
+  Parts(args).each([&](const Part& part) {
+    ++parts;
+    cost += cost_of(args, part);
+    if (args.score_rows != nullptr) scores += args.sequences[part.sequence].keys;
+  });
+  const int64_t work = cost * kQueryTile * (args.d + args.dv);
+  plan.tasks = min_of(min_of(threads, parts), div_up(work, kWorkPerTask));
+  const int64_t all_bytes = plan.packed_unit_bytes * all_units(args);
+  const int64_t passes = min_of(div_up(all_bytes, kPassBytes), parts / (2 * plan.tasks));
+  plan.pass_heads = passes > 1 ? div_up(args.kv_heads, passes) : args.kv_heads;
+  plan.packed_bytes = all_bytes / args.kv_heads * plan.pass_heads;
+  plan.partial_score_count = scores / args.kv_heads * plan.pass_heads;
+  return plan;
+}
+
+void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& plan,
+                     uint8_t* scratch, float* partial_scores, const Parallel& parallel) {
+  BlockAttentionArgs pass = args;
+  for (int64_t head = 0; head < args.kv_heads; head += plan.pass_heads) {
+    pass.kv_begin = head;
+    pass.kv_end = min_of(head + plan.pass_heads, args.kv_heads);
+    attend_heads(pass, plan, scratch, partial_scores, parallel);
+  }
 }
 
 int64_t attention_tiles(const BlockAttentionArgs& a, int64_t sequence) {

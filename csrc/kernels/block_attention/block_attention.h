@@ -85,8 +85,10 @@ struct BlockAttentionArgs {
   const uint8_t* score_rows;  // [rows]: which count in `scores`; null: none
   float* scores;              // added to: c of a sequence's head h at scores + h * score_stride
   int64_t score_stride;
-  uint8_t* packed;  // K and V^T: of each sequence, key head, unit
+  // K and V^T: of each sequence, key head kv_begin .. kv_end - 1, unit.
+  uint8_t* packed;
   int64_t packed_unit_bytes;
+  int64_t kv_begin, kv_end;
 };
 
 struct KeyList {
@@ -136,6 +138,7 @@ OW_BLOCK_ATTENTION_KERNELS(OW_DECLARE)
 struct BlockAttentionPlan {
   const BlockAttentionKernels* kernels;
   int64_t tasks;
+  int64_t pass_heads;  // key heads laid out at a time
   int64_t packed_unit_bytes, packed_bytes;
   int64_t scratch_bytes;        // of one task
   int64_t partial_score_count;  // floats
@@ -209,7 +212,8 @@ void block_attention_backward(const BlockAttentionBackwardArgs& args,
                               const Parallel& parallel);
 
 // Tiles of each head of a sequence; one of them, empty (count 0) where the last block of a sequence
-// has fewer; the keys it reads, at most; and units of keys of all sequences and key heads.
+// has fewer; the keys it reads, at most; and units of keys of all sequences and the key heads laid
+// out.
 int64_t attention_tiles(const BlockAttentionArgs& args, int64_t sequence);
 QueryTile attention_tile(const BlockAttentionArgs& args, int64_t sequence, int64_t head,
                          int64_t index);

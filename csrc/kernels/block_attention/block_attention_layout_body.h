@@ -115,9 +115,9 @@ void pack_units(const BlockAttentionArgs& a, int64_t begin, int64_t end, const P
   for (int64_t s = 0; s < a.sequence_count; ++s) {
     const AttentionSequence& sequence = a.sequences[s];
     const int64_t units = div_up(sequence.keys, kUnitKeys);
-    for (int64_t i = 0; i < units * a.kv_heads; ++i, ++at) {
+    for (int64_t i = 0; i < units * (a.kv_end - a.kv_begin); ++i, ++at) {
       if (at < begin || at >= end) continue;
-      const int64_t head = i / units;
+      const int64_t head = a.kv_begin + i / units;
       const int64_t key = i % units * kUnitKeys;
       const int64_t count = min_of(sequence.keys - key, kUnitKeys);
       const void* keys[kUnitKeys];
@@ -143,7 +143,8 @@ void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
 OW_INLINE const uint8_t* packed_unit(const BlockAttentionArgs& a, const AttentionSequence& sequence,
                                      int64_t kv_head, const Unit& unit) {
   const int64_t in_head = div_up(sequence.keys, kUnitKeys);
-  const int64_t at = sequence.unit * a.kv_heads + kv_head * in_head + unit.key / kUnitKeys;
+  const int64_t at = sequence.unit * (a.kv_end - a.kv_begin) + (kv_head - a.kv_begin) * in_head +
+                     unit.key / kUnitKeys;
   return a.packed + at * a.packed_unit_bytes;
 }
 
