@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,32 +12,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import end_to_end, machine, report, suite
+import openwork
+from bench import end_to_end, gpu, report, suite
 from bench.problem import CheckError
 from bench.report import Row, duration
+from bench.stage import Stage, measure_host, on_gpu, on_host
 from openwork.timing import MIN_ROUNDS, MIN_SECONDS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(stderr=True, soft_wrap=True)
 CORES = os.cpu_count() or 1
 
+
+class Device(str, Enum):
+    """Where operators run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 Threads = Annotated[int, typer.Option(min=1, help="Threads of every contender.")]
 Files = Annotated[list[Path], typer.Argument(help="Result files of `run --json`.")]
-
-
-def _tier() -> str:
-    from openwork import isa
-
-    return str(isa())
-
-
-def _measure(threads: int, tier: str) -> tuple[machine.Peaks, str | None]:
-    """Peaks of ``threads`` threads, and a warning if they did not have a core each."""
-    single = machine.measure_peaks(1, tier)
-    if threads == 1:
-        return single, None
-    peaks = machine.measure_peaks(threads, tier)
-    return peaks, machine.scaling_warning(single, peaks)
 
 
 def _writable(path: Path) -> bool:
@@ -55,6 +52,50 @@ def _print_row(row: Row) -> None:
         f"{row['gflop_s']:.0f} GFLOP/s, {share}; {ratios}",
         highlight=False,
     )
+
+
+def _refuse(*reasons: tuple[bool, str]) -> None:
+    """End with the first message whose condition holds."""
+    for wrong, message in reasons:
+        if wrong:
+            console.print(f"[red]bench: {message}", highlight=False)
+            raise typer.Exit(2)
+
+
+def _with_kernels(items: list[suite.Item]) -> list[suite.Item]:
+    """Those whose operator is implemented for GPUs; the others are named."""
+    lacking = [op for op in dict.fromkeys(i.case.name for i in items) if not gpu.has_kernel(op)]
+    for op in lacking:
+        console.print(f"[yellow]skipped {op}: it has no kernel for GPUs")
+    return [item for item in items if item.case.name not in lacking]
+
+
+def _save(json: Path | None, stage: Stage, rows: list[Row]) -> None:
+    stage.about.peaks = stage.peaks.summary()
+    if json is not None:
+        about = stage.about.to_json()
+        report.write(json, about, suite.add_rates(rows, stage.tier, stage.peaks))
+
+
+def _run_model(
+    model: Path, settings: suite.Settings, stage: Stage, done: Callable[[Row], None]
+) -> list[str]:
+    """Time a model end to end; the error, if there is one."""
+    console.print(f"[dim]end to end[/] {model.name}")
+    try:
+        for row in end_to_end.run(
+            model,
+            threads=settings.threads,
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            stream=stage.stream,
+            console=console,
+        ):
+            console.print(report.row_id(row["op"], row["params"]))
+            done(row)
+    except (CheckError, ValueError, RuntimeError, OSError) as error:
+        return [f"{end_to_end.OP}: {error}"]
+    return []
 
 
 @app.command()
@@ -83,72 +124,54 @@ def run(
             help='GGUF file: also time it end to end (alone with --select "end_to_end").',
         ),
     ] = None,
+    device: Annotated[Device, typer.Option(help="What runs the operators.")] = Device.cpu,
     list_only: Annotated[bool, typer.Option("--list", help="Print what would run.")] = False,
 ) -> None:
     """Check and time workloads against their competitors, in turns, in one process."""
-    selected = list(suite.items(select, threads))
+    on_cpu = device is Device.cpu
+    selected = list(suite.items(select, threads) if on_cpu else suite.gpu_items(select))
     whole_model = model if not select or select == end_to_end.OP else None
     if list_only:
         for item in selected:
             print(item.name)
         return
-    if not selected and whole_model is None:
-        console.print(
-            f"[red]bench: --select {select!r} matches no workload; see --list "
-            f"({end_to_end.OP} needs --model)"
-        )
-        raise typer.Exit(2)
-    if json is not None and not _writable(json):
-        console.print(f"[red]bench: --json {json} cannot be written")
-        raise typer.Exit(2)
-
-    tier = _tier()
-    about = machine.describe(tier)
-    peaks, warning = _measure(threads, tier)
-    about.warnings += [warning] if warning else []
-    for text in about.warnings:
+    no_gpu = None if on_cpu else gpu.missing()
+    _refuse(
+        (no_gpu is not None, f"--device cuda needs a GPU and the CUDA operators: {no_gpu}"),
+        (not on_cpu and model is not None, "--model runs on the CPU only"),
+        (
+            not selected and whole_model is None,
+            f"--select {select!r} matches no workload; see --list ({end_to_end.OP} needs --model)",
+        ),
+        (json is not None and not _writable(json), f"--json {json} cannot be written"),
+    )
+    stage = on_host(threads) if on_cpu else on_gpu()
+    selected = selected if on_cpu else _with_kernels(selected)
+    for text in stage.about.warnings:
         console.print(f"[yellow]{text}")
     settings = suite.Settings(
         threads=threads,
-        cold_bytes=suite.cold_bytes(about.last_level_cache, about.memory_bytes),
+        cold_bytes=stage.cold_bytes,
         rounds=rounds,
         seconds=seconds,
         against=frozenset(against) if against else None,
+        device=stage.device,
     )
     rows: list[Row] = []
 
-    def save() -> None:
-        about.peaks = peaks.summary()
-        if json is not None:
-            report.write(json, about.to_json(), suite.add_rates(rows, tier, peaks))
-
     def done(row: Row) -> None:
         rows.append(row)
-        _print_row(suite.add_rates([row], tier, peaks)[0])
+        _print_row(suite.add_rates([row], stage.tier, stage.peaks)[0])
         # After every row: a run of an hour that is interrupted keeps what it measured.
-        save()
+        _save(json, stage, rows)
 
-    stream = machine.ReadStream(threads, tier)
-    failures = suite.run(selected, settings, peaks, stream, console, done)
+    failures = suite.run(selected, settings, stage.peaks, stage.stream, console, done)
     if whole_model is not None:
-        console.print(f"[dim]end to end[/] {whole_model.name}")
-        try:
-            for row in end_to_end.run(
-                whole_model,
-                threads=threads,
-                rounds=rounds,
-                seconds=seconds,
-                stream=stream,
-                console=console,
-            ):
-                console.print(report.row_id(row["op"], row["params"]))
-                done(row)
-        except (CheckError, ValueError, RuntimeError, OSError) as error:
-            failures.append(f"{end_to_end.OP}: {error}")
+        failures += _run_model(whole_model, settings, stage, done)
     # Roofs of both ends of the run: a machine that was slow at the start must not flatter us.
-    peaks.extend(machine.measure_peaks(threads, tier))
-    save()
-    print(report.markdown(suite.add_rates(rows, tier, peaks)))
+    stage.peaks.extend(stage.measure())
+    _save(json, stage, rows)
+    print(report.markdown(suite.add_rates(rows, stage.tier, stage.peaks)))
     for failure in failures:
         console.print(f"[red]{failure}")
     if failures:
@@ -222,8 +245,8 @@ def compare(
 @app.command()
 def peaks(threads: Threads = CORES) -> None:
     """Measure the roofs of this machine."""
-    tier = _tier()
-    found, warning = _measure(threads, tier)
+    tier = openwork.isa()
+    found, warning = measure_host(threads, tier)
     out = Table(f"{threads} threads, {tier}", "best", "median")
     for name, value in found.summary().items():
         if isinstance(value, dict):

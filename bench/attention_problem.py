@@ -1,7 +1,8 @@
-"""Causal attention of a whole sequence over the key blocks of a random index."""
+"""Causal attention of a whole sequence over the key blocks of a random index, and its gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from openwork.testing.block_attention import (
     make_index,
     make_operands,
 )
+from openwork.testing.block_attention_train import backward_reference, workload_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +59,27 @@ class BlockAttentionProblem(Conditions):
         """``[1, keys, h, d]`` float64."""
         y: NDArray[np.float64] = block_attention_reference(*self.operands, self.index)[0].numpy()
         return y
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGradientsProblem(BlockAttentionProblem):
+    """Gradients of q, k and v, given that of o."""
+
+    @cached_property
+    def grad_o(self) -> Tensor:
+        """``[1, keys, h, d]``."""
+        return workload_gradient(vars(self))
+
+    @cached_property
+    def reference(self) -> NDArray[np.float64]:
+        """The three, one after another."""
+        lse = torch.zeros(1, self.keys, self.h)
+        return flat(backward_reference(self.grad_o, lse, *self.operands, self.index)).astype(float)
+
+
+def flat(gradients: Iterable[Tensor]) -> NDArray[np.floating]:
+    """All elements, one tensor after another."""
+    joined: NDArray[np.floating] = torch.cat(
+        [x.detach().reshape(-1).double() for x in gradients]
+    ).numpy()
+    return joined

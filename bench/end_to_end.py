@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from bench.machine import ReadStream
+from bench.device import Stream
 from bench.problem import CheckError
 from openwork import throughput
 from openwork.cli import llama_cpp
@@ -228,7 +228,7 @@ def run(
     threads: int,
     rounds: int,
     seconds: float,
-    stream: ReadStream,
+    stream: Stream,
     console: Console,
 ) -> list[dict[str, Any]]:
     """Rows of both phases for every openwork engine; rates are added by the caller."""

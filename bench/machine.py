@@ -96,6 +96,7 @@ class Machine:
     ggml: str
     git: str
     tier: str
+    gpu: str
     load_average: list[float]
     busy: float
     peaks: dict[str, Any] = field(default_factory=dict)
@@ -170,8 +171,13 @@ def _busy(seconds: float) -> float:
     return 1 - (later_idle - idle) / max(later_total - total, 1)
 
 
-def describe(tier: str) -> Machine:
-    """Look at the machine; takes half a second to see how busy it is."""
+def describe(tier: str, gpu: str = "") -> Machine:
+    """Look at the machine; takes half a second to see how busy it is.
+
+    Args:
+        tier: of the kernels that are timed.
+        gpu: that they run on, if they do not run on the CPU.
+    """
     busy = _busy(0.5)
     machine = Machine(
         cpu=f"{_cpu_name()} ({_signature()})",
@@ -184,6 +190,7 @@ def describe(tier: str) -> Machine:
         ggml=llama_cpp.describe(),
         git=_git(),
         tier=tier,
+        gpu=gpu,
         load_average=[round(value, 2) for value in os.getloadavg()],
         busy=round(busy, 3),
     )

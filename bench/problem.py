@@ -44,11 +44,13 @@ class Conditions:
         cold_bytes: copies of the operand from memory (weight, cache) that are walked through must
             exceed this many bytes; 0 keeps one hot in the caches.
         batch: calls timed as one sample, if a competitor has that many copies.
+        device: of torch, that operands of competitors lie on.
     """
 
     threads: int
     cold_bytes: int
     batch: int = 1
+    device: str = "cpu"
 
     def plan(self, operand_bytes: int) -> tuple[int, int]:
         """Data sets for operands of ``operand_bytes``: ``(groups, calls)``.

@@ -128,8 +128,9 @@ def machine_line(machine: Mapping[str, Any]) -> str:
         if isinstance(value, dict)
     )
     versions = ", ".join(f"{name} {text}" for name, text in machine.get("versions", {}).items())
+    gpu = f"{machine['gpu']} beside " if machine.get("gpu") else ""
     return (
-        f"{machine.get('cpu')}, {machine.get('cores')} cores, tier {machine.get('tier')}, "
+        f"{gpu}{machine.get('cpu')}, {machine.get('cores')} cores, tier {machine.get('tier')}, "
         f"{peaks.get('threads')} threads; measured roofs: {roofs}; {versions}; "
         f"ggml of {machine.get('ggml')}; "
         f"commit {machine.get('git') or 'unknown'}"

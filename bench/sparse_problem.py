@@ -60,6 +60,26 @@ class SparseProblem(ProductProblem):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NmProblem(ProductProblem):
+    """A weight of which the first N of every M in a row are not zero.
+
+    Attributes:
+        pattern: such as "2:4".
+    """
+
+    pattern: str
+
+    @property
+    def weight(self) -> NDArray[np.float32]:
+        """``[n, k]`` float32."""
+        kept, block = map(int, self.pattern.split(":"))
+        weight: NDArray[np.float32] = uniform_weight(self.n, self.k) * (
+            np.arange(self.k) % block < kept
+        )
+        return weight
+
+
+@dataclass(frozen=True, kw_only=True)
 class ColumnProblem(ProductProblem):
     """The dense product that ``active_linear`` takes a share of the columns of.
 

@@ -7,10 +7,10 @@ prepare its variants, check each of them, keep its fastest, and time all that re
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from rich.console import Console
 
 from bench import roofline
-from bench.attention_problem import BlockAttentionProblem
-from bench.competitors import COMPETITORS
+from bench.attention_problem import BlockAttentionProblem, BlockGradientsProblem
+from bench.competitors import COMPETITORS, GPU_COMPETITORS
+from bench.device import HOST, Device, Stream
+from bench.hadamard_problem import HadamardProblem
 from bench.index_cases import CASES as INDEX_CASES
 from bench.index_cases import ESTIMATORS, IndexProblem
-from bench.machine import Peaks, ReadStream
+from bench.machine import Peaks
 from bench.problem import (
     AttentionProblem,
     CheckError,
@@ -35,7 +37,7 @@ from bench.problem import (
     tolerance,
 )
 from bench.report import Row, matches, row_id
-from bench.sparse_problem import ColumnProblem, ProductProblem, SparseProblem
+from bench.sparse_problem import ColumnProblem, NmProblem, ProductProblem, SparseProblem
 from openwork.testing import CASES, Cost, OpCase, Workload
 from openwork.timing import MIN_ROUNDS, MIN_SECONDS, Contender, Times, interleave
 
@@ -68,6 +70,7 @@ class Settings:
     rounds: int = MIN_ROUNDS
     seconds: float = MIN_SECONDS
     against: frozenset[str] | None = None
+    device: Device = HOST
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,16 @@ def items(pattern: str, threads: int) -> Iterator[Item]:
                 yield item
 
 
+def gpu_items(pattern: str) -> Iterator[Item]:
+    """Workloads for GPUs, of operators that have some, that ``pattern`` selects."""
+    for case in CASES:
+        for workload in case.gpu_workloads:
+            assert case.cost is not None
+            item = Item(case, workload, workload.params, case.cost(workload.params))
+            if matches(pattern, item.name):
+                yield item
+
+
 def _batch(seconds: float, copies: int) -> int:
     """Calls that make a sample long enough, when one takes at least ``seconds``."""
     return max(1, min(copies, math.ceil(MIN_SAMPLE_SECONDS / seconds)))
@@ -109,21 +122,29 @@ def ours(item: Item, settings: Settings, floor: float) -> Contender:
     """Check our result and make the data sets to walk through; ``floor`` is the roof's time."""
     case, workload = item.case, item.workload
     first = workload.make()
-    case.check(first)
+    settings.device.check(case, first)
     hot = workload.params.get("hot", False)
     copies = 1 if hot else max(1, math.ceil(settings.cold_bytes / item.cost.bytes))
     calls = _batch(floor, copies)
     groups = math.ceil(copies / calls)
-    samples = [first] + [workload.make() for _ in range(groups * calls - 1)]
+    bound = [settings.device.bound(case, first)]
+    bound += [settings.device.bound(case, workload.make()) for _ in range(groups * calls - 1)]
 
     def run(group: int) -> None:
-        for sample in samples[group * calls : (group + 1) * calls]:
-            case.op(*sample.args, **sample.kwargs)
+        for call in bound[group * calls : (group + 1) * calls]:
+            call()
 
-    return Contender(run, groups, calls)
+    return settings.device.ready(Contender(run, groups, calls))
 
 
-AnyProblem = Problem | AttentionProblem | BlockAttentionProblem | ProductProblem | IndexProblem
+AnyProblem = (
+    Problem
+    | AttentionProblem
+    | BlockAttentionProblem
+    | ProductProblem
+    | IndexProblem
+    | HadamardProblem
+)
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lowbit_linear": (Problem, ("m", "n", "k", "bits", "group_size", "symmetric")),
     "nm_linear": (dense_problem, ("m", "n", "k", "dtype")),
@@ -139,16 +160,25 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
         BlockAttentionProblem,
         ("keys", "h", "kv_heads", "d", "dtype", "density"),
     ),
+    "hadamard": (HadamardProblem, ("m", "d", "block", "dtype")),
+    "block_attention_backward": (
+        BlockGradientsProblem,
+        ("keys", "h", "kv_heads", "d", "dtype", "density"),
+    ),
 }
+# On a GPU the dense competitor multiplies by the zeros of the sparse one's weight.
+GPU_PROBLEMS = {**PROBLEMS, "nm_linear": (NmProblem, ("m", "n", "k", "pattern"))}
 
 
 def _problem(item: Item, settings: Settings, floor: float) -> AnyProblem:
-    kind, names = PROBLEMS[item.case.name]
+    kinds = PROBLEMS if settings.device is HOST else GPU_PROBLEMS
+    kind, names = kinds[item.case.name]
     problem: AnyProblem = kind(
         **{name: item.params[name] for name in names},
         threads=settings.threads,
         cold_bytes=0 if item.params.get("hot", False) else settings.cold_bytes,
         batch=math.ceil(MIN_SAMPLE_SECONDS / floor),
+        device=settings.device.name,
     )
     return problem
 
@@ -157,6 +187,7 @@ def _ready(
     competitor: Competitor,
     variant: Variant,
     problem: AnyProblem,
+    settings: Settings,
     console: Console,
 ) -> Prepared | None:
     """The variant prepared and checked; None, with a message, when it cannot do it."""
@@ -166,6 +197,7 @@ def _ready(
         prepared = variant.prepare()
         prepared.run(0)
         check(name, prepared.output(), problem.reference, tolerance(variant.bits))
+        prepared = settings.device.ready(prepared)
     except (CheckError, RuntimeError, ValueError, NotImplementedError) as error:
         console.print(f"[yellow]skipped {name}: {str(error).splitlines()[0]}")
         if prepared is not None:
@@ -177,6 +209,7 @@ def _ready(
 def _best_variant(
     competitor: Competitor,
     problem: AnyProblem,
+    settings: Settings,
     console: Console,
     stack: ExitStack,
 ) -> tuple[Variant, Prepared] | None:
@@ -184,15 +217,14 @@ def _best_variant(
 
     One run decides first: some variants are a hundred times slower than others. The rest race.
     """
+    timer = settings.device.seconds
     ready: dict[str, tuple[Variant, Prepared]] = {}
     once: dict[str, float] = {}
     for variant in competitor.variants(problem):
-        prepared = _ready(competitor, variant, problem, console)
+        prepared = _ready(competitor, variant, problem, settings, console)
         if prepared is None:
             continue
-        begin = time.perf_counter()
-        prepared.run(0)
-        once[variant.label] = (time.perf_counter() - begin) / prepared.calls
+        once[variant.label] = timer(partial(prepared.run, 0)) / prepared.calls
         ready[variant.label] = (variant, prepared)
     if not ready:
         return None
@@ -200,7 +232,7 @@ def _best_variant(
     racing = {label: pair[1] for label, pair in ready.items() if once[label] <= limit}
     best = next(iter(racing))
     if len(racing) > 1:
-        times = interleave(racing, rounds=3, seconds=0.03)
+        times = interleave(racing, rounds=3, seconds=0.03, timer=timer)
         best = min(times, key=lambda label: times[label].median)
     for label, (_, prepared) in ready.items():
         if label != best:
@@ -209,10 +241,12 @@ def _best_variant(
     return ready[best]
 
 
-def available(op: str, against: frozenset[str] | None, console: Console) -> list[Competitor]:
+def available(op: str, settings: Settings, console: Console) -> list[Competitor]:
     """Competitors of ``op`` that are wanted and installed; the missing ones are named."""
+    against = settings.against
+    registry = COMPETITORS if settings.device is HOST else GPU_COMPETITORS
     chosen = []
-    for competitor in COMPETITORS.get(op, ()):
+    for competitor in registry.get(op, ()):
         if against is not None and competitor.name not in against:
             continue
         reason = competitor.missing()
@@ -228,7 +262,7 @@ def run_item(
     settings: Settings,
     competitors: Sequence[Competitor],
     peaks: Peaks,
-    stream: ReadStream,
+    stream: Stream,
     console: Console,
 ) -> Row:
     """Check and time one workload.
@@ -251,12 +285,17 @@ def run_item(
         if competitors:
             problem = _problem(item, settings, floor)
             for competitor in competitors:
-                found = _best_variant(competitor, problem, console, stack)
+                found = _best_variant(competitor, problem, settings, console, stack)
                 if found is not None:
                     chosen[competitor.name] = found
                     contenders[competitor.name] = found[1]
         contenders[READ] = stream.read_into(reads)
-        times = interleave(contenders, rounds=settings.rounds, seconds=settings.seconds)
+        times = interleave(
+            contenders,
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            timer=settings.device.seconds,
+        )
         rivals = {
             name: {
                 "variant": variant.label,
@@ -324,14 +363,14 @@ def run(
     selected: Sequence[Item],
     settings: Settings,
     peaks: Peaks,
-    stream: ReadStream,
+    stream: Stream,
     console: Console,
     done: Callable[[Row], None],
 ) -> list[str]:
     """Run ``selected``, handing each row to ``done``; names and errors of the ones that failed."""
     failures = []
     wanted = {
-        op: available(op, settings.against, console)
+        op: available(op, settings, console)
         for op in dict.fromkeys(item.case.name for item in selected)
     }
     for index, item in enumerate(selected, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 
 from bench import __main__ as cli
 from bench import end_to_end, index_cases, machine, plot, report, roofline, suite
-from bench.attention_problem import BlockAttentionProblem
+from bench.attention_problem import BlockAttentionProblem, BlockGradientsProblem
 from bench.competitors import COMPETITORS, ggml, onnxruntime
 from bench.grid import quantize
+from bench.hadamard_problem import HadamardProblem
 from bench.machine import Peaks
 from bench.problem import (
     AttentionProblem,
@@ -59,8 +61,10 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def __call__(self) -> float:
-        return self.now
+    def seconds(self, call: Callable[[], object]) -> float:
+        begin = self.now
+        call()
+        return self.now - begin
 
     def runs(self, name: str, seconds: float, log: list[str]) -> Contender:
         def run(group: int) -> None:
@@ -73,7 +77,7 @@ class Clock:
 def test_interleave_takes_turns_and_walks_the_data() -> None:
     clock, log = Clock(), []
     contenders = {"a": clock.runs("a", 1.0, log), "b": clock.runs("b", 4.0, log)}
-    times = interleave(contenders, rounds=2, seconds=4.0, settle=0.0, clock=clock)
+    times = interleave(contenders, rounds=2, seconds=4.0, settle=0.0, timer=clock.seconds)
     # A turn: one untimed run, then samples until seconds / rounds = 2 are spent.
     assert log == ["a0", "a1", "a2", "b0", "b1", "a0", "a1", "a2", "b2", "b0"]
     assert times["a"].median == 0.5
@@ -82,7 +86,7 @@ def test_interleave_takes_turns_and_walks_the_data() -> None:
 
 
 def test_interleave_ends_with_a_clock_that_stands_still() -> None:
-    times = interleave({"a": Contender(lambda _: None, 1, 1)}, settle=0.0, clock=lambda: 0.0)
+    times = interleave({"a": Contender(lambda _: None, 1, 1)}, settle=0.0, timer=lambda _: 0.0)
     assert times["a"].samples == 15
 
 
@@ -235,6 +239,19 @@ def test_every_competitor_attends_to_blocks(competitor: Competitor, density: flo
     check_variants(competitor, problem)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "competitor", COMPETITORS["block_attention_backward"], ids=lambda c: c.name
+)
+def test_every_competitor_has_gradients(competitor: Competitor, density: float, dtype: str) -> None:
+    problem = BlockGradientsProblem(
+        keys=200, h=4, kv_heads=2, d=16, dtype=dtype, density=density, threads=1, cold_bytes=0
+    )
+    with torch.inference_mode():
+        check_variants(competitor, problem)
+
+
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("competitor", COMPETITORS["sparse_linear"], ids=lambda c: c.name)
 def test_every_competitor_multiplies_sparse_weights(competitor: Competitor, block: int) -> None:
@@ -255,9 +272,17 @@ def test_every_competitor_multiplies_all_columns(competitor: Competitor, kind: s
     check_variants(competitor, problem)
 
 
-def check_variants(
-    competitor: Competitor, problem: SparseProblem | ColumnProblem | BlockAttentionProblem
-) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("competitor", COMPETITORS["hadamard"], ids=lambda c: c.name)
+def test_every_competitor_transforms(competitor: Competitor, dtype: str) -> None:
+    problem = HadamardProblem(m=3, d=96, block=32, dtype=dtype, threads=1, cold_bytes=2000, batch=2)
+    check_variants(competitor, problem)
+
+
+AnyProblem = SparseProblem | ColumnProblem | BlockAttentionProblem | HadamardProblem
+
+
+def check_variants(competitor: Competitor, problem: AnyProblem) -> None:
     for variant in competitor.variants(problem):
         prepared = variant.prepare()
         for group in range(prepared.groups):
@@ -272,8 +297,9 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "package onnxruntime and onnx is not installed"
     )  # fmt: skip
     assert ggml.GGML.missing() == "package llama-cpp-python or xllamacpp is not installed"
+    settings = suite.Settings(1, 1, against=frozenset({"ggml", "torch_fp32"}))
     with cli.console.capture() as captured:
-        left = suite.available("lowbit_linear", frozenset({"ggml", "torch_fp32"}), cli.console)
+        left = suite.available("lowbit_linear", settings, cli.console)
     assert [c.name for c in left] == ["torch_fp32"]
     assert "skipped ggml: package llama-cpp-python or xllamacpp" in captured.get()
 
@@ -294,7 +320,7 @@ def test_best_variant_drops_wrong_and_slow_ones() -> None:
     variants = [variant("slow", 0.05, 1), variant("wrong", 0, 0), variant("fast", 0.001, 1)]
     competitor = Competitor("x", lambda: None, lambda _: variants)
     with cli.console.capture() as captured, ExitStack() as stack:
-        best = suite._best_variant(competitor, problem, cli.console, stack)
+        best = suite._best_variant(competitor, problem, suite.Settings(1, 1), cli.console, stack)
     assert best is not None
     assert best[0].label == "fast"
     assert closed == ["wrong", "slow", "fast"]

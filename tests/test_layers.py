@@ -36,9 +36,9 @@ INCLUDE_RULES = (
     (r"core/isa\.cpp", rf"core/.*|sys/syscall\.h|unistd\.h|{STD}"),
     (r"core/.*", rf"core/.*|{STD}"),
     # For GPUs. All PTX is in cuda/ptx.h; what is not compiled by nvcc is emulated.
-    (r"cuda/.*", rf"cuda/.*|testing/cuda/.*|cuda_runtime\.h|{C_TYPES}"),
-    (r"kernels/(\w+)/\1\w*\.cu", r"kernels/\1/\1\w*\.h|core/.*|cuda/.*"),
+    (r"cuda/.*", rf"core/types\.h|cuda/.*|testing/cuda/.*|cuda_runtime\.h|{C_TYPES}"),
     (r"kernels/(\w+)/\1_cuda\.h", rf"kernels/\1/\1\.h|cuda/status\.h|{C_TYPES}"),
+    (r"kernels/(\w+)/\1\w*(?:\.cu|_cuda\.h)", r"kernels/\1/\1\w*\.h|core/.*|cuda/.*"),
     (
         r"ops/cuda/.*",
         r"torch/csrc/stable/.*|torch/headeronly/.*|cuda/status\.h|kernels/\w+/\w+_cuda\.h|"
@@ -55,7 +55,7 @@ INCLUDE_RULES = (
         rf"kernels/\1/\1\w*\.h|simd/\w+\.h|core/types\.h|immintrin\.h|{C_TYPES}",
     ),
     (r"kernels/(\w+)/\1\.h", rf"core/.*|{C_TYPES}"),
-    (r"kernels/(\w+)/\1\w*\.cpp", rf"kernels/\1/\1\.h|core/.*|{STD}"),
+    (r"kernels/(\w+)/\1\w*\.cpp", rf"kernels/\1/\1(?:_pack_body)?\.h|core/.*|{STD}"),
     # fast_empty (ops/glue.h) allocates through the C shim itself.
     (
         r"ops/.*",

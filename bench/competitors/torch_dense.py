@@ -1,4 +1,4 @@
-"""torch's own dense linear, in float32 and in bfloat16."""
+"""torch's own dense linear, in float32, bfloat16 and float16."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bench.sparse_problem import ProductProblem
 
 
 def _prepare(problem: Problem | ProductProblem, dtype: torch.dtype) -> Prepared:
-    x = torch.from_numpy(problem.x).to(dtype)
-    weight = torch.from_numpy(problem.weight).to(dtype)
+    x = torch.from_numpy(problem.x).to(problem.device, dtype)
+    weight = torch.from_numpy(problem.weight).to(problem.device, dtype)
     weight_bytes = weight.nbytes
     groups, calls = problem.plan(weight_bytes)
     weights = [weight.clone() for _ in range(groups * calls)]
@@ -28,7 +28,7 @@ def _prepare(problem: Problem | ProductProblem, dtype: torch.dtype) -> Prepared:
         groups=groups,
         calls=calls,
         weight_bytes=weight_bytes,
-        output=lambda: result[0].float().numpy(),
+        output=lambda: result[0].float().cpu().numpy(),
     )
 
 
@@ -45,3 +45,4 @@ def _competitor(name: str, dtype: torch.dtype) -> Competitor:
 
 FP32 = _competitor("torch_fp32", torch.float32)
 BF16 = _competitor("torch_bf16", torch.bfloat16)
+FP16 = _competitor("torch_fp16", torch.float16)

@@ -1,4 +1,4 @@
-"""torch's 4-bit linear, ``aten::_weight_int4pack_mm_for_cpu``.
+"""torch's 4-bit linear, ``aten::_weight_int4pack_mm``, and that of the CPU, ``.._for_cpu``.
 
 w = scale * (code - 8) + zero        codes 0..15, groups of 32, 64, 128 or 256
 """
@@ -15,22 +15,38 @@ from bench.problem import Competitor, Prepared, Problem, Variant
 GROUP_SIZES = (32, 64, 128, 256)
 
 
+# k of a tile of the GPU's layout, in units of 16.
+INNER_TILES = 8
+
+
+def _pack(codes: torch.Tensor, device: str) -> torch.Tensor:
+    """Codes ``[n, k]`` uint8 in the layout of the device's product."""
+    packed: torch.Tensor
+    if device == "cpu":
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    else:
+        # Two codes a byte, the first in the high half.
+        pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_TILES)
+    return packed
+
+
 def _prepare(problem: Problem, group_size: int, dtype: torch.dtype) -> Prepared:
     grid = uniform_grid(problem.n, problem.k, 4, group_size)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-        torch.from_numpy(grid.codes).to(torch.int32), 1
-    )
+    device = problem.device
+    packed = _pack(torch.from_numpy(grid.codes), device)
     scales = torch.from_numpy(grid.scales)
     shift = scales * (8 - torch.from_numpy(grid.zeros).float())
     # [groups, n, 2]: scale and shift side by side.
-    scales_and_zeros = torch.stack([scales.T, shift.T], dim=-1).to(dtype).contiguous()
+    scales_and_zeros = torch.stack([scales.T, shift.T], dim=-1).to(device, dtype).contiguous()
 
-    x = torch.from_numpy(problem.x).to(dtype)
+    x = torch.from_numpy(problem.x).to(device, dtype)
     weight_bytes = packed.nbytes + scales_and_zeros.nbytes
     groups, calls = problem.plan(weight_bytes)
     weights = [(packed.clone(), scales_and_zeros.clone()) for _ in range(groups * calls)]
     result: list[torch.Tensor] = [torch.empty(0)]
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    aten = torch.ops.aten
+    multiply = aten._weight_int4pack_mm_for_cpu if device == "cpu" else aten._weight_int4pack_mm
 
     def run(group: int) -> None:
         for index in range(group * calls, (group + 1) * calls):
@@ -42,7 +58,7 @@ def _prepare(problem: Problem, group_size: int, dtype: torch.dtype) -> Prepared:
         groups=groups,
         calls=calls,
         weight_bytes=weight_bytes,
-        output=lambda: result[0].float().numpy(),
+        output=lambda: result[0].float().cpu().numpy(),
     )
 
 
@@ -64,6 +80,7 @@ def _variants(problem: Problem) -> list[Variant]:
             partial(_prepare, problem, wanted, dtype),
         )
         for dtype in (torch.bfloat16, torch.float32)
+        if problem.device == "cpu" or dtype == torch.bfloat16
     ]
 
 

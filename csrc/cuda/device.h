@@ -12,6 +12,7 @@
 
 #define OW_DEVICE __device__ __forceinline__
 #define OW_UNROLL _Pragma("unroll")
+#define OW_NO_UNROLL _Pragma("unroll 1")
 
 namespace ow {
 

@@ -6,6 +6,12 @@
 // register i / 2, 8-bit element i in register i / 4.
 #pragma once
 
+#if defined(__CUDACC__)
+#define OW_TABLE constexpr __host__ __device__
+#else
+#define OW_TABLE constexpr
+#endif
+
 namespace ow::fragments {
 
 struct Element {
@@ -13,41 +19,43 @@ struct Element {
 };
 
 // 16-bit A [16, 16], elements 0-7, and B [16, 8], elements 0-3.
-constexpr Element a_m16n8k16(int lane, int i) {
+OW_TABLE Element a_m16n8k16(int lane, int i) {
   return {lane / 4 + i / 2 % 2 * 8, lane % 4 * 2 + i % 2 + i / 4 * 8};
 }
-constexpr Element b_m16n8k16(int lane, int i) {
+OW_TABLE Element b_m16n8k16(int lane, int i) {
   return {lane % 4 * 2 + i % 2 + i / 2 * 8, lane / 4};
 }
 
 // C and D [16, 8], elements 0-3: one to a register.
-constexpr Element d_m16n8(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
+OW_TABLE Element d_m16n8(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
 
 // 8-bit A [16, 32], elements 0-15, and B [32, 8], elements 0-7.
-constexpr Element a_m16n8k32(int lane, int i) {
+OW_TABLE Element a_m16n8k32(int lane, int i) {
   return {lane / 4 + i / 4 % 2 * 8, lane % 4 * 4 + i % 4 + i / 8 * 16};
 }
-constexpr Element b_m16n8k32(int lane, int i) {
+OW_TABLE Element b_m16n8k32(int lane, int i) {
   return {lane % 4 * 4 + i % 4 + i / 4 * 16, lane / 4};
 }
 
 // Sparse 16-bit A [16, 32]: elements 2j and 2j + 1 are the two kept of the four columns from
 // `column` on.
-constexpr Element a_sp_m16n8k32(int lane, int i) {
+OW_TABLE Element a_sp_m16n8k32(int lane, int i) {
   return {lane / 4 + i / 2 % 2 * 8, lane % 4 * 4 + i / 4 * 16};
 }
 // B [32, 8] beside it, elements 0-7.
-constexpr Element b_sp_m16n8k32(int lane, int i) {
+OW_TABLE Element b_sp_m16n8k32(int lane, int i) {
   return {lane % 4 * 2 + i % 2 + i / 2 * 8, lane / 4};
 }
 
-// Where the metadata of the four columns from `column` on is: four bits, the lower kept column
-// first.
+// What half `half` of a lane's metadata register says: which two of every four columns of 16 are
+// kept, in four bits each, the lower column first. Lanes of the other selector are not looked at.
+// (PTX ISA, "Sparse matrix storage" and the figures of "Matrix Fragments for sparse mma.m16n8k32
+// with .f16 and .bf16 types"; nothing but this function knows.)
 struct Metadata {
-  int lane, shift;
+  int row, column, selector;
 };
-constexpr Metadata metadata_sp_m16n8k32(int row, int column, int selector) {
-  return {row % 8 * 4 + 2 * selector + column / 16, row / 8 * 16 + column % 16 / 4 * 4};
+OW_TABLE Metadata metadata_sp_m16n8k32(int lane, int half) {
+  return {lane / 4 + half * 8, lane % 2 * 16, lane % 4 / 2};
 }
 
 }  // namespace ow::fragments

@@ -1,5 +1,7 @@
-// Launching a kernel: the only place with <<< >>>.
+// Launching a kernel: the only place with <<< >>>; and what else is queued on a stream.
 #pragma once
+
+#include <string.h>
 
 #include "cuda/device.h"
 #include "cuda/status.h"
@@ -25,6 +27,31 @@ LaunchStatus launch(const char* name, void (*kernel)(Params...), dim3 grid, int 
   emulation::launch(grid, dim3(unsigned(threads)), size_t(shared_bytes),
                     [&] { kernel(Params(args)...); });
   return {name, 0};
+#endif
+}
+
+inline LaunchStatus fill_bytes(void* device, int value, int64_t bytes, void* stream) {
+#if defined(__CUDACC__)
+  return {"memset", int(cudaMemsetAsync(device, value, size_t(bytes), cudaStream_t(stream)))};
+#else
+  (void)stream;
+  memset(device, value, size_t(bytes));
+  return {"memset", 0};
+#endif
+}
+
+// Copies to the host, and waits for it, what kernels before it on `stream` wrote. Its error may be
+// of one of them.
+inline LaunchStatus read_back(void* host, const void* device, int64_t bytes, void* stream) {
+#if defined(__CUDACC__)
+  cudaError_t error =
+      cudaMemcpyAsync(host, device, size_t(bytes), cudaMemcpyDeviceToHost, cudaStream_t(stream));
+  if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStream_t(stream));
+  return {"memcpy", int(error)};
+#else
+  (void)stream;
+  memcpy(host, device, size_t(bytes));
+  return {"memcpy", 0};
 #endif
 }
 

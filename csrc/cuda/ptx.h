@@ -29,9 +29,22 @@ OW_DEVICE uint32_t prmt_b32(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+OW_DEVICE float cvt_f32_f16(uint16_t value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+}
+
 OW_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// a * b + c
+OW_DEVICE uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
 
@@ -39,6 +52,12 @@ OW_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
 OW_DEVICE uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   uint32_t result;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+OW_DEVICE uint32_t cvt_rn_f16x2_f32(float high, float low) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
 }
 
@@ -50,6 +69,12 @@ OW_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generi
 // to 16.
 OW_DEVICE void cp_async_cg_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+// 4 bytes, or none of them and zero; by L1. Both sides are aligned to 4.
+OW_DEVICE void cp_async_ca_4(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
 }
@@ -85,9 +110,9 @@ OW_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-OW_DEVICE void mma_m16n8k32_u8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+OW_DEVICE void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -15,4 +15,12 @@ int compute_capability(int device) {
   return 10 * major + minor;
 }
 
+int multiprocessors(int device) {
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return count;
+}
+
 }  // namespace ow

@@ -12,5 +12,7 @@ struct LaunchStatus {
 const char* launch_error_text(int error);
 // 10 * major + minor, as in sm_80, or 0 if the device cannot be asked.
 int compute_capability(int device);
+// Of a device, at least 1.
+int multiprocessors(int device);
 
 }  // namespace ow

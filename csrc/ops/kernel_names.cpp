@@ -8,6 +8,7 @@
 #include "kernels/block_scores/block_scores.h"
 #include "kernels/block_sparse_gemm/block_sparse_gemm.h"
 #include "kernels/decode_attention/decode_attention.h"
+#include "kernels/hadamard/hadamard.h"
 #include "kernels/kv_cache/kv_cache.h"
 #include "kernels/line_scores/line_scores.h"
 #include "kernels/lowbit_gemm/lowbit_gemm.h"
@@ -31,6 +32,7 @@ std::vector<KernelName> kernel_names() {
       OW_NM_GEMM_KERNELS(OW_NAME)            //
       OW_QUANTIZE_KERNELS(OW_NAME)           //
       OW_ACTIVATIONS_KERNELS(OW_NAME)        //
+      OW_HADAMARD_KERNELS(OW_NAME)           //
       OW_DECODE_ATTENTION_KERNELS(OW_NAME)   //
       OW_KV_CACHE_KERNELS(OW_NAME)           //
       OW_PAGED_ATTENTION_KERNELS(OW_NAME)    //

@@ -1,7 +1,6 @@
 #include "ops/lowbit_linear.h"
 
-#include <tuple>
-
+#include "ops/lowbit_weight.h"
 #include "ops/quantize_rows.h"
 #include "ops/values.h"
 
@@ -92,42 +91,17 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
                           });
 }
 
-Tensor lowbit_embedding(const Tensor& ids_any, const Tensor& packed, const Tensor& scales,
+Tensor lowbit_embedding(const Tensor& ids, const Tensor& packed, const Tensor& scales,
                         const std::optional<Tensor>& zeros, int64_t layout, int64_t n, int64_t k,
                         int64_t group_size, ScalarType dtype) {
-  constexpr const char* kOp = "lowbit_embedding";
-  check_dtype(kOp, "ids", ids_any, ScalarType::Long);
-  OW_CHECK(ids_any.dim() < kMaxDim, kOp, ": ids must have fewer than ", kMaxDim,
-           " dimensions, got ", ids_any.dim());
-  const LowbitWeight w = check_lowbit_geometry(kOp, check_layout(kOp, layout), n, k, group_size);
-  check_lowbit_tensors(kOp, w, packed, scales, or_null(zeros));
-  OW_CHECK(is_float(dtype), kOp, ": dtype must be float32, bfloat16 or float16, got ",
-           dtype_name(dtype));
-  const Tensor ids = as_contiguous(ids_any);
-  LowbitRowsArgs args{};
-  args.count = ids.numel();
-  args.rows = static_cast<const int64_t*>(ids.const_data_ptr());
-  for (int64_t i = 0; i < args.count; ++i) {
-    OW_CHECK(args.rows[i] >= 0 && args.rows[i] < n, kOp, ": ids must be in 0 .. ", n - 1, ", got ",
-             args.rows[i]);
-  }
-  int64_t sizes[kMaxDim];
-  for (int64_t i = 0; i < ids.dim(); ++i) sizes[i] = ids.size(i);
-  sizes[ids.dim()] = k;
-  Tensor y = fast_empty(sizes, ids.dim() + 1, dtype);
-  args.k = k;
-  args.k_padded = w.k_padded;
-  args.group_size = group_size;
-  args.groups = w.groups;
-  args.bits = w.layout->bits;
-  args.w = static_cast<const uint8_t*>(packed.const_data_ptr());
-  args.w_scales = scales.const_data_ptr();
-  args.w_scales_type = float_type(scales);
-  args.w_zeros = static_cast<const uint8_t*>(const_data(or_null(zeros)));
-  args.y = y.mutable_data_ptr();
-  args.y_type = float_type(dtype);
-  if (y.numel() > 0) lowbit_rows(args, torch_parallel());
-  return y;
+  return lowbit_embedding_by(
+      ids, packed, scales, zeros, layout, n, k, group_size, dtype, [&](const LowbitRowsArgs& args) {
+        for (int64_t i = 0; i < args.count; ++i) {
+          OW_CHECK(args.rows[i] >= 0 && args.rows[i] < n, "lowbit_embedding: ids must be in 0 .. ",
+                   n - 1, ", got ", args.rows[i]);
+        }
+        lowbit_rows(args, torch_parallel());
+      });
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x) {
@@ -135,66 +109,26 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x) {
       x, [](const EncodeArgs& args) { encode_rows(args, active_isa(), torch_parallel()); });
 }
 
-int64_t scale_size(const Tensor& scales) {
-  return scales.scalar_type() == ScalarType::Float ? 4 : 2;
-}
-
-LowbitPackArgs pack_args(const LowbitWeight& w, const Tensor& scales) {
-  return {w.n, w.k, w.k_padded, w.groups, w.layout->bits, scale_size(scales)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> pack_lowbit_op(const Tensor& codes_any, const Tensor& scales_any,
-                                                  const std::optional<Tensor>& zeros_any,
-                                                  int64_t bits, int64_t group_size) {
+LowbitTensors pack_lowbit_op(const Tensor& codes, const Tensor& scales,
+                             const std::optional<Tensor>& zeros, int64_t bits, int64_t group_size) {
   constexpr const char* kOp = "pack_lowbit";
-  const LayoutInfo* layout = layout_for_bits(LayoutFamily::lowbit, bits);
-  OW_CHECK(layout != nullptr, kOp, ": bits must be 2, 3, 4 or 8, got ", bits);
-  check_dtype(kOp, "codes", codes_any, ScalarType::Byte);
-  OW_CHECK(codes_any.dim() == 2, kOp, ": codes must be [n, k], got ", shape_text(codes_any));
-  const LowbitWeight w =
-      check_lowbit_geometry(kOp, layout, codes_any.size(0), codes_any.size(1), group_size);
-  check_float(kOp, "scales", scales_any);
-  check_shape(kOp, "scales", scales_any, {w.n, w.groups});
-  std::optional<Tensor> zeros;
-  if (zeros_any.has_value()) {
-    check_dtype(kOp, "zeros", *zeros_any, ScalarType::Byte);
-    check_shape(kOp, "zeros", *zeros_any, {w.n, w.groups});
-    zeros = as_contiguous(*zeros_any);
-  }
-  const Tensor codes = as_contiguous(codes_any);
-  const Tensor scales = as_contiguous(scales_any);
-  check_codes(kOp, "codes", codes, bits);
-  check_finite(kOp, scales);
-  if (zeros.has_value()) check_codes(kOp, "zeros", *zeros, bits);
-  Tensor packed = fast_empty(
-      {w.panels, w.k_padded / block_k(layout->bits), 2, block_bytes(layout->bits) / 128, kHalf, 4},
-      ScalarType::Byte);
-  Tensor packed_scales = fast_empty({w.panels, w.groups, kPanel}, scales.scalar_type());
-  Tensor packed_zeros =
-      fast_empty({zeros.has_value() ? w.panels : 0, w.groups, kPanel}, ScalarType::Byte);
-  pack_lowbit(pack_args(w, scales), static_cast<const uint8_t*>(codes.const_data_ptr()),
-              scales.const_data_ptr(), static_cast<const uint8_t*>(const_data(or_null(zeros))),
-              static_cast<uint8_t*>(packed.mutable_data_ptr()), packed_scales.mutable_data_ptr(),
-              static_cast<uint8_t*>(packed_zeros.mutable_data_ptr()), torch_parallel());
-  return {packed, packed_scales, packed_zeros};
+  return pack_lowbit_by(
+      codes, scales, zeros, bits, group_size,
+      [&](const LowbitPackArgs&, const Tensor& all_codes, const Tensor& all_scales,
+          const Tensor* all_zeros) {
+        check_codes(kOp, "codes", all_codes, bits);
+        check_finite(kOp, all_scales);
+        if (all_zeros != nullptr) check_codes(kOp, "zeros", *all_zeros, bits);
+      },
+      [](const auto&... pack) { pack_lowbit(pack..., torch_parallel()); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> unpack_lowbit_op(const Tensor& packed, const Tensor& scales,
-                                                    const std::optional<Tensor>& zeros,
-                                                    int64_t layout, int64_t n, int64_t k,
-                                                    int64_t group_size) {
-  constexpr const char* kOp = "unpack_lowbit";
-  const LowbitWeight w = check_lowbit_geometry(kOp, check_layout(kOp, layout), n, k, group_size);
-  check_lowbit_tensors(kOp, w, packed, scales, or_null(zeros));
-  Tensor codes = fast_empty({n, k}, ScalarType::Byte);
-  Tensor flat_scales = fast_empty({n, w.groups}, scales.scalar_type());
-  Tensor flat_zeros = fast_empty({zeros.has_value() ? n : 0, w.groups}, ScalarType::Byte);
-  unpack_lowbit(pack_args(w, scales), static_cast<const uint8_t*>(packed.const_data_ptr()),
-                scales.const_data_ptr(), static_cast<const uint8_t*>(const_data(or_null(zeros))),
-                static_cast<uint8_t*>(codes.mutable_data_ptr()), flat_scales.mutable_data_ptr(),
-                zeros.has_value() ? static_cast<uint8_t*>(flat_zeros.mutable_data_ptr()) : nullptr,
-                torch_parallel());
-  return {codes, flat_scales, flat_zeros};
+LowbitTensors unpack_lowbit_op(const Tensor& packed, const Tensor& scales,
+                               const std::optional<Tensor>& zeros, int64_t layout, int64_t n,
+                               int64_t k, int64_t group_size) {
+  return unpack_lowbit_by(
+      packed, scales, zeros, layout, n, k, group_size,
+      [](const auto&... unpack) { unpack_lowbit(unpack..., torch_parallel()); });
 }
 
 }  // namespace
@@ -202,17 +136,10 @@ std::tuple<Tensor, Tensor, Tensor> unpack_lowbit_op(const Tensor& packed, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
   m.def(ow::kLowbitLinearSchema);
-  m.def(
-      "lowbit_embedding(Tensor ids, Tensor packed, Tensor scales, Tensor? zeros, int layout, int "
-      "n, "
-      "int k, int group_size, ScalarType dtype) -> Tensor");
+  m.def(ow::kLowbitEmbeddingSchema);
   m.def(ow::kQuantizeRowsSchema);
-  m.def(
-      "pack_lowbit(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size) -> "
-      "(Tensor packed, Tensor scales, Tensor zeros)");
-  m.def(
-      "unpack_lowbit(Tensor packed, Tensor scales, Tensor? zeros, int layout, int n, int k, "
-      "int group_size) -> (Tensor codes, Tensor scales, Tensor zeros)");
+  m.def(ow::kPackLowbitSchema);
+  m.def(ow::kUnpackLowbitSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openwork, CPU, m) {

@@ -11,8 +11,8 @@
 //
 //   y = sum_c f_c o_c / sum_c f_c l_c      lse = largest m + log sum_c f_c l_c
 //
-// and gives y = 0, lse = -infinity where no part has a key. e^(s - m) stops falling at e^-87.3,
-// 1e-38.
+// and gives y = 0, lse = -infinity where no part has a key. Weights are 0 below e^-88; factors stop
+// falling at e^-87.3, 1e-38.
 #pragma once
 
 #include "simd/vec.h"
@@ -145,17 +145,10 @@ OW_INLINE void score_keys(const T* const* q, const T* keys, int64_t stride, int6
   for (int64_t j = whole; j < count; ++j) block(j, RowCount<1>{});
 }
 
-// Turns scores into weights, in place, and brings the row's state (o, m, l) to their largest score:
-// o still lacks the values of these keys.
-OW_INLINE void soften(float* scores, int64_t count, int64_t dv, float* state) {
+// Brings a state (o, m, l) to a larger m.
+OW_INLINE void raise(float* state, int64_t dv, float largest) {
   float& m = state[dv];
   float& l = state[dv + 1];
-  VecF most = set1(m);
-  for (int64_t j = 0; j + kLanes <= count; j += kLanes) most = max_(load(scores + j), most);
-  float largest = max_of_lanes(most);
-  for (int64_t j = count / kLanes * kLanes; j < count; ++j) {
-    largest = scores[j] > largest ? scores[j] : largest;
-  }
   if (largest > m && m != kMinusInfinity) {
     const VecF factor = exp_(set1(m - largest));
     for (int64_t i = 0; i < dv; i += kLanes) {
@@ -165,23 +158,66 @@ OW_INLINE void soften(float* scores, int64_t count, int64_t dv, float* state) {
     store_n(&l, mul(set1(l), factor), 1);
   }
   m = largest;
-  // exp_ has no NaN to give; a score that is not finite minus itself is one.
-  const auto weigh = [&](VecF score) __attribute__((always_inline)) {
-    return add(exp_(sub(score, set1(largest))), sub(score, score));
-  };
-  VecF total = set1(0.0f);
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    const VecF weight = weigh(load(scores + j));
-    store(scores + j, weight);
-    total = add(total, weight);
+}
+
+// Turns scores of kRows rows into weights, in place, and brings the rows' states (o, m, l) to their
+// largest score: o still lacks the values of these keys. A score that is not finite makes l NaN.
+template <int kRows>
+OW_INLINE void soften(float* const* scores, int64_t count, int64_t dv, float* const* states) {
+  const int64_t whole = count / kLanes * kLanes;
+  VecF most[kRows];
+  VecI bits = set1(int32_t{0});
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) most[r] = set1(states[r][dv]);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const VecF score = load(scores[r] + j);
+      most[r] = max_(score, most[r]);
+      bits = max_(bits, abs_bits(score));
+    }
   }
-  if (j < count) {
-    // Read back for its zeros past the end.
-    store_n(scores + j, weigh(load_n(scores + j, count - j)), count - j);
-    total = add(total, load_n(scores + j, count - j));
+  // Of all rows before the weights of any: the steps to the largest wait for each other.
+  float largest[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    largest[r] = max_of_lanes(most[r]);
+    if (whole < count) {
+      const VecF score = load_n(scores[r] + whole, count - whole);
+      bits = max_(bits, abs_bits(score));
+      for (int64_t j = whole; j < count; ++j) {
+        largest[r] = scores[r][j] > largest[r] ? scores[r][j] : largest[r];
+      }
+    }
   }
-  l += sum(total);
+  const bool finite = uint32_t(max_of_lanes(bits)) < 0x7f800000;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const VecF m = set1(largest[r]);
+    raise(states[r], dv, largest[r]);
+    VecF total = set1(0.0f);
+    if (!finite) {
+      for (int64_t j = 0; j < count; ++j) total = add(total, set1(scores[r][j] * 0.0f));
+    }
+    const auto weigh = [&](VecF score) __attribute__((always_inline)) {
+      return exp2_(mul(sub(score, m), set1(1.44269504f)));
+    };
+    int64_t j = 0;
+    for (; j < whole; j += kLanes) {
+      const VecF weight = weigh(load(scores[r] + j));
+      store(scores[r] + j, weight);
+      total = add(total, weight);
+    }
+    if (j < count) {
+      // Read back for its zeros past the end.
+      store_n(scores[r] + j, weigh(load_n(scores[r] + j, count - j)), count - j);
+      total = add(total, load_n(scores[r] + j, count - j));
+    }
+    states[r][dv + 1] += sum(total);
+  }
+}
+OW_INLINE void soften(float* scores, int64_t count, int64_t dv, float* state) {
+  soften<1>(&scores, count, dv, &state);
 }
 
 OW_INLINE void clear_states(float* states, int64_t stride, int64_t rows, int64_t dv) {

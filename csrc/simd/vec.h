@@ -9,6 +9,7 @@
 //   set1 add sub mul fma max_ div_ sqrt_, to_int (nearest even), to_float, abs_bits, bit_and,
 //   shifts, store_i8 / store_i8_n (truncating), sum, max_of_lanes
 //
+//   swap_lanes<d>       lanes i and i ^ d exchanged, for d < kLanes
 //   transpose           kLanes vectors as the rows of a square matrix, in place
 //   sums_of             the sum of each of kLanes vectors, in the order of the lanes
 #pragma once

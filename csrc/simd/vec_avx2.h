@@ -101,6 +101,13 @@ OW_INLINE VecI abs_bits(VecF a) {
   return {_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff))};
 }
 
+template <int kDistance>
+OW_INLINE VecF swap_lanes(VecF a) {
+  if constexpr (kDistance == 1) return {_mm256_permute_ps(a.v, 0xb1)};
+  if constexpr (kDistance == 2) return {_mm256_permute_ps(a.v, 0x4e)};
+  if constexpr (kDistance == 4) return {_mm256_permute2f128_ps(a.v, a.v, 0x01)};
+}
+
 OW_INLINE void transpose(VecF (&rows)[8]) {
   __m256 pairs[8];  // of rows 2i, 2i + 1: columns 0, 1 and 4, 5; then 2, 3 and 6, 7
   for (int i = 0; i < 8; i += 2) {

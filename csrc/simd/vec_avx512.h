@@ -77,6 +77,16 @@ OW_INLINE VecBf16 load_factors_n(const bf16* p, int64_t n) {
   return {__m512bh(_mm512_maskz_loadu_epi16(mask, p))};
 }
 OW_INLINE VecF fma(VecBf16 a, VecBf16 b, VecF c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+// sum += two products a lane, where many sums are in registers: round the intrinsic gcc 12 copies
+// them.
+OW_INLINE void dot2(VecF& sum, __m512i a, __m512i b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a), "v"(b));
+}
+OW_INLINE void dot2(VecF& sum, __m512i a, const uint8_t* b) {
+  asm("vdpbf16ps %2, %1, %0"
+      : "+v"(sum.v)
+      : "v"(a), "m"(*reinterpret_cast<const uint8_t(*)[64]>(b)));
+}
 #endif
 
 OW_INLINE VecI load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -120,6 +130,14 @@ OW_INLINE VecF as_float(VecI a) { return {_mm512_castsi512_ps(a.v)}; }
 OW_INLINE VecI as_int(VecF a) { return {_mm512_castps_si512(a.v)}; }
 OW_INLINE VecI abs_bits(VecF a) {
   return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
+
+template <int kDistance>
+OW_INLINE VecF swap_lanes(VecF a) {
+  if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  if constexpr (kDistance == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  if constexpr (kDistance == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  if constexpr (kDistance == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
 }
 
 OW_INLINE void transpose(VecF (&rows)[16]) {

@@ -64,6 +64,11 @@ OW_INLINE VecF as_float(VecI a) { return {bits_to_float(uint32_t(a.v))}; }
 OW_INLINE VecI as_int(VecF a) { return {int32_t(float_to_bits(a.v))}; }
 OW_INLINE VecI abs_bits(VecF a) { return {int32_t(float_to_bits(a.v) & 0x7fffffff)}; }
 
+// There is no other lane.
+template <int kDistance>
+OW_INLINE VecF swap_lanes(VecF a) {
+  return a;
+}
 OW_INLINE void transpose(VecF (&)[1]) {}
 OW_INLINE VecF sums_of(VecF (&rows)[1]) { return rows[0]; }
 

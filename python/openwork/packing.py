@@ -42,9 +42,16 @@ class _Packed:
         """The same weight in 64-byte aligned memory that is advised for 2 MiB pages.
 
         Weights made one after another share chunks, so the many small matrices of a model fill
-        whole pages. The memory is freed with the last weight of a chunk.
+        whole pages. The memory is freed with the last weight of a chunk. A weight on another device
+        than a CPU is returned as it is.
         """
+        if any(tensor.device.type != "cpu" for tensor in self._tensors().values()):
+            return self
         return replace(self, **{name: _to_pool(t) for name, t in self._tensors().items()})
+
+    def to(self: _Weight, device: torch.device | str) -> _Weight:
+        """The same weight with its tensors on ``device``."""
+        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -213,8 +220,8 @@ class NmWeight(_Grouped):
     only.
 
     Attributes:
-        values: ``[ceil(n / 16), units, lines, 16, per_lane]``, float32, bfloat16, int8, or uint8
-            with two int4 a byte.
+        values: ``[ceil(n / 16), units, lines, 16, per_lane]``, float32, bfloat16, float16, int8, or
+            uint8 with two int4 a byte.
         index: ``[ceil(n / max(vector, 16)), units, log2(M), lanes, 4]`` uint8, the columns of the
             values in their blocks of M; ``lanes`` is 16, 2, 1, 1 for a vector of 1, 8, 16, 32.
         scales: ``[ceil(n / 16), groups, 16]`` float32, float16 or bfloat16, of int8 and int4

@@ -50,6 +50,7 @@ int main() {
   check_nm_gemm(&memory);
   check_quantize(&memory);
   check_activations(&memory);
+  check_hadamard(&memory);
   check_decode_attention(&memory);
   check_block_attention(&memory);
   check_block_attention_backward(&memory);

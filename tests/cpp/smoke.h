@@ -95,6 +95,7 @@ void check_lowbit_gemm(Guarded* memory);
 void check_nm_gemm(Guarded* memory);
 void check_quantize(Guarded* memory);
 void check_activations(Guarded* memory);
+void check_hadamard(Guarded* memory);
 void check_decode_attention(Guarded* memory);
 void check_block_attention(Guarded* memory);
 void check_block_attention_backward(Guarded* memory);

@@ -85,15 +85,15 @@ void check_gemm(const char* name, int m, int n, int k) {
   report(name, wrong);
 }
 
-void check_gemm_u8_s8() {
+void check_gemm_s8() {
   const int n = 32, m = 24, k = 96;
-  Array<uint8_t> w(n * k);
+  Array<int8_t> w(n * k);
   Array<int8_t> x(m * k);
   Array<int> y(n * m);
-  for (int i = 0; i < n * k; ++i) w[i] = uint8_t(random_bits());
+  for (int i = 0; i < n * k; ++i) w[i] = int8_t(random_bits());
   for (int i = 0; i < m * k; ++i) x[i] = int8_t(random_bits());
-  require(launch("gemm_u8_s8", gemm_u8_s8, dim3(m / 8, n / 16), kWarp, 0, nullptr, w.send(),
-                 x.send(), y.send(), m, k));
+  require(launch("gemm_s8", gemm_s8, dim3(m / 8, n / 16), kWarp, 0, nullptr, w.send(), x.send(),
+                 y.send(), m, k));
   y.receive();
   int wrong = 0;
   for (int i = 0; i < n * m; ++i) {
@@ -101,10 +101,10 @@ void check_gemm_u8_s8() {
     for (int l = 0; l < k; ++l) sum += w[i / m * k + l] * x[i % m * k + l];
     wrong += y[i] != sum;
   }
-  report("mma.m16n8k32 u8 s8", wrong);
+  report("mma.m16n8k32 s8", wrong);
 }
 
-template <class T>
+template <class T, int kSelector>
 void check_gemm_sparse(const char* name) {
   const int n = 32, m = 24, k = 128;
   Array<T> values(n * k / 2), x(m * k);
@@ -124,7 +124,7 @@ void check_gemm_sparse(const char* name) {
       metadata[row * k / 16 + four / 4] |= uint16_t((kept[0] | kept[1] << 2) << (four % 4 * 4));
     }
   }
-  require(launch("gemm_sparse", gemm_sparse<T>, dim3(m / 8, n / 16), kWarp, 0, nullptr,
+  require(launch("gemm_sparse", gemm_sparse<T, kSelector>, dim3(m / 8, n / 16), kWarp, 0, nullptr,
                  values.send(), metadata.send(), x.send(), y.send(), m, k));
   y.receive();
   int wrong = 0;
@@ -162,9 +162,19 @@ void check_count_odd() {
   report("votes, an atomic, a warp barrier", total[0] != odd);
 }
 
+void check_copy_words() {
+  Array<uint32_t> x(kSumThreads), y(kSumThreads);
+  for (int i = 0; i < kSumThreads; ++i) x[i] = random_bits();
+  require(launch("copy_words", copy_words, dim3(1), kSumThreads, 0, nullptr, x.send(), y.send()));
+  y.receive();
+  int wrong = 0;
+  for (int i = 0; i < kSumThreads; ++i) wrong += y[i] != (i % 3 == 0 ? 0 : x[i]);
+  report("cp.async.ca of 4 bytes", wrong);
+}
+
 void check_registers() {
   const int n = 4096;
-  Array<uint32_t> a(n), b(n), out(4 * n);
+  Array<uint32_t> a(n), b(n), out(kRegisterCases * n);
   Array<float> f(n);
   for (int i = 0; i < n; ++i) {
     // Halves of integers up to 2047, whose differences are exact.
@@ -177,39 +187,53 @@ void check_registers() {
   require(launch("registers", registers, dim3(1), kWarp, 0, nullptr, a.send(), b.send(), f.send(),
                  out.send(), n));
   out.receive();
-  int wrong[4] = {};
+  int wrong[kRegisterCases] = {};
   for (int i = 0; i < n; ++i) {
-    wrong[0] += out[4 * i] != ((a[i] & 0xff) | (b[i] & 0xff) << 8 | (a[i] >> 8 & 0xff) << 16 |
-                               (b[i] >> 8 & 0xff) << 24);
+    wrong[0] += out[kRegisterCases * i] != ((a[i] & 0xff) | (b[i] & 0xff) << 8 |
+                                            (a[i] >> 8 & 0xff) << 16 | (b[i] >> 8 & 0xff) << 24);
     for (int h = 0; h < 2; ++h) {
       f16 difference;
       from_float(to_float(f16{uint16_t(a[i] >> 16 * h)}) - to_float(f16{uint16_t(b[i] >> 16 * h)}),
                  &difference);
-      wrong[1] += uint16_t(out[4 * i + 1] >> 16 * h) != difference.bits;
+      wrong[1] += uint16_t(out[kRegisterCases * i + 1] >> 16 * h) != difference.bits;
       bf16 rounded;
       from_float(h == 0 ? -f[i] : f[i], &rounded);
-      wrong[2] += uint16_t(out[4 * i + 2] >> 16 * h) != rounded.bits;
+      const int shift = 4 * h;
+      const int fma = 3 * int(a[i] >> shift & 15) - int(b[i] >> shift & 15);
+      wrong[4] += to_float(bf16{uint16_t(out[kRegisterCases * i + 4] >> 16 * h)}) != float(fma);
+      wrong[2] += uint16_t(out[kRegisterCases * i + 2] >> 16 * h) != rounded.bits;
+      f16 half;
+      from_float(h == 0 ? -f[i] : f[i], &half);
+      wrong[6] += uint16_t(out[kRegisterCases * i + 6] >> 16 * h) != half.bits;
     }
+    wrong[5] += out[kRegisterCases * i + 5] != float_to_bits(to_float(f16{uint16_t(a[i])}));
     // Quarters to the nearest integer, halves to the even one.
     const int floor = int(__builtin_floorf(f[i]));
     const float over = f[i] - float(floor);
     const int nearest = floor + (over > 0.5f || (over == 0.5f && floor % 2 != 0));
-    wrong[3] += int(out[4 * i + 3]) != nearest;
+    wrong[3] += int(out[kRegisterCases * i + 3]) != nearest;
   }
   report("prmt.b32", wrong[0]);
   report("sub.f16x2", wrong[1]);
   report("cvt.rn.bf16x2.f32", wrong[2]);
   report("cvt.rni.s32.f32", wrong[3]);
+  report("fma.rn.bf16x2", wrong[4]);
+  report("cvt.f32.f16", wrong[5]);
+  report("cvt.rn.f16x2.f32", wrong[6]);
 }
 
 int run() {
+  // First what is documented by figures only.
+  check_gemm_sparse<f16, 0>("mma.sp.m16n8k32 f16, selector 0");
+  check_gemm_sparse<f16, 1>("mma.sp.m16n8k32 f16, selector 1");
+  check_gemm_sparse<bf16, 0>("mma.sp.m16n8k32 bf16, selector 0");
+  check_gemm_sparse<bf16, 1>("mma.sp.m16n8k32 bf16, selector 1");
   check_gemm<f16>("mma.m16n8k16 f16, ldmatrix, cp.async", 128, 192, 128);
   check_gemm<bf16>("mma.m16n8k16 bf16, ragged", 70, 90, 72);
-  check_gemm_u8_s8();
-  check_gemm_sparse<f16>("mma.sp.m16n8k32 f16");
-  check_gemm_sparse<bf16>("mma.sp.m16n8k32 bf16");
+  check_gemm_s8();
   check_sum_rows();
   check_count_odd();
+  check_copy_words();
   check_registers();
   return failures;
 }

@@ -5,7 +5,9 @@
 #include "cuda/device.h"
 
 #include "core/types.h"
+#include "cuda/fragments.h"
 #include "cuda/launch.h"
+#include "cuda/mma.h"
 #include "cuda/ptx.h"
 
 #if !defined(OW_DEFECT)
@@ -28,29 +30,6 @@ enum Defect {
   kMisalignedCopy,
 };
 constexpr int kDefect = OW_DEFECT;
-
-template <class T>
-struct Mma;
-template <>
-struct Mma<f16> {
-  static OW_DEVICE void dense(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_m16n8k16_f16(d, a, b0, b1);
-  }
-  static OW_DEVICE void sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                               uint32_t metadata) {
-    ptx::mma_sp_m16n8k32_f16<0>(d, a, b, metadata);
-  }
-};
-template <>
-struct Mma<bf16> {
-  static OW_DEVICE void dense(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_m16n8k16_bf16(d, a, b0, b1);
-  }
-  static OW_DEVICE void sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                               uint32_t metadata) {
-    ptx::mma_sp_m16n8k32_bf16<0>(d, a, b, metadata);
-  }
-};
 
 // y[m,n] = sum_k x[m,k] w[n,k] for 64 x 64 outputs a block; k % 8 == 0.
 constexpr int kTile = 64;
@@ -111,7 +90,7 @@ __global__ void __launch_bounds__(kGemmThreads)
       for (int i = 0; i < 2; ++i) {
         for (int j = 0; j < 4; ++j) {
           const int first = kDefect == kWrongFragment ? j % 2 : j % 2 * 2;
-          Mma<T>::dense(d[i][j], a[i], b[j / 2][first], b[j / 2][first + 1]);
+          mma(T{}, d[i][j], a[i], b[j / 2][first], b[j / 2][first + 1]);
         }
       }
     }
@@ -127,8 +106,8 @@ __global__ void __launch_bounds__(kGemmThreads)
   }
 }
 
-// y[n,m] = sum_k w[n,k] x[m,k] for codes w and int8 x; n % 16, m % 8 and k % 32 are 0.
-static __global__ void gemm_u8_s8(const uint8_t* w, const int8_t* x, int* y, int m, int k) {
+// y[n,m] = sum_k w[n,k] x[m,k] for int8 w and x; n % 16, m % 8 and k % 32 are 0.
+static __global__ void gemm_s8(const int8_t* w, const int8_t* x, int* y, int m, int k) {
   const int lane = int(threadIdx.x);
   const int n0 = int(blockIdx.y) * 16;
   const int m0 = int(blockIdx.x) * 8;
@@ -142,7 +121,7 @@ static __global__ void gemm_u8_s8(const uint8_t* w, const int8_t* x, int* y, int
     for (int i = 0; i < 2; ++i) {
       memcpy(&b[i], x + (m0 + lane / 4) * k + k0 + lane % 4 * 4 + i * 16, 4);
     }
-    ptx::mma_m16n8k32_u8_s8(d, a, b[0], b[1]);
+    ptx::mma_m16n8k32_s8(d, a, b[0], b[1]);
   }
   for (int e = 0; e < 4; ++e) {
     y[(n0 + lane / 4 + e / 2 * 8) * m + m0 + lane % 4 * 2 + e % 2] = d[e];
@@ -150,7 +129,7 @@ static __global__ void gemm_u8_s8(const uint8_t* w, const int8_t* x, int* y, int
 }
 
 // y[n,m] of a 2:4 sparse w: values [n, k/2], metadata [n, k/16]. n % 16, m % 8 and k % 32 are 0.
-template <class T>
+template <class T, int kSelector>
 __global__ void gemm_sparse(const T* values, const uint16_t* metadata, const T* x, float* y, int m,
                             int k) {
   const int lane = int(threadIdx.x);
@@ -165,10 +144,15 @@ __global__ void gemm_sparse(const T* values, const uint16_t* metadata, const T* 
       memcpy(&a[i], values + (row + i % 2 * 8) * (k / 2) + k0 / 2 + lane % 4 * 2 + i / 2 * 8, 4);
       memcpy(&b[i], x + (m0 + lane / 4) * k + k0 + lane % 4 * 2 + i * 8, 4);
     }
-    const int at = k0 / 16 + lane % 2;
-    const uint32_t kept =
-        metadata[row * (k / 16) + at] | uint32_t(metadata[(row + 8) * (k / 16) + at]) << 16;
-    Mma<T>::sparse(d, a, b, kept);
+    uint32_t kept = 0;
+    for (int half = 0; half < 2; ++half) {
+      const fragments::Metadata at = fragments::metadata_sp_m16n8k32(lane, half);
+      // Lanes that are not looked at hold what would be an error.
+      const uint32_t bits =
+          at.selector == kSelector ? metadata[(n0 + at.row) * (k / 16) + (k0 + at.column) / 16] : 0;
+      kept |= bits << (16 * half);
+    }
+    mma_sparse<kSelector>(T{}, d, a, b, kept);
   }
   for (int e = 0; e < 4; ++e) {
     y[(n0 + lane / 4 + e / 2 * 8) * m + m0 + lane % 4 * 2 + e % 2] = d[e];
@@ -206,14 +190,36 @@ static __global__ void count_odd(const int* x, int* total, int n) {
   if (lane == 0) atomicAdd(total, __popc(odd));
 }
 
-// Every bit pattern of the instructions on registers: out[4i ..] from a[i], b[i] and f[i].
+OW_DEVICE uint32_t bf16_pair(int low, int high) {
+  return float_to_bits(float(low)) >> 16 | (float_to_bits(float(high)) & 0xffff0000);
+}
+
+// y[i] = x[i] where i % 3 != 0, by way of shared memory; else 0.
+static __global__ void copy_words(const uint32_t* x, uint32_t* y) {
+  __shared__ uint32_t words[kSumThreads];
+  const int thread = int(threadIdx.x);
+  words[thread] = ~0u;
+  ptx::cp_async_ca_4(&words[thread], x + thread, thread % 3 == 0 ? 0 : 4);
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  y[thread] = words[thread];
+}
+
+// The instructions on registers: out[kRegisterCases i ..] from a[i], b[i] and f[i].
+constexpr int kRegisterCases = 7;
 static __global__ void registers(const uint32_t* a, const uint32_t* b, const float* f,
                                  uint32_t* out, int n) {
   for (int i = int(threadIdx.x); i < n; i += kWarp) {
-    out[4 * i] = ptx::prmt_b32(a[i], b[i], 0x5140);
-    out[4 * i + 1] = ptx::sub_f16x2(a[i], b[i]);
-    out[4 * i + 2] = ptx::cvt_rn_bf16x2_f32(f[i], -f[i]);
-    out[4 * i + 3] = uint32_t(ptx::cvt_rni_s32_f32(f[i]));
+    out[kRegisterCases * i] = ptx::prmt_b32(a[i], b[i], 0x5140);
+    out[kRegisterCases * i + 1] = ptx::sub_f16x2(a[i], b[i]);
+    out[kRegisterCases * i + 2] = ptx::cvt_rn_bf16x2_f32(f[i], -f[i]);
+    out[kRegisterCases * i + 3] = uint32_t(ptx::cvt_rni_s32_f32(f[i]));
+    out[kRegisterCases * i + 5] = float_to_bits(ptx::cvt_f32_f16(uint16_t(a[i])));
+    out[kRegisterCases * i + 6] = ptx::cvt_rn_f16x2_f32(f[i], -f[i]);
+    // Of small integers: three times one less the other.
+    out[kRegisterCases * i + 4] =
+        ptx::fma_rn_bf16x2(bf16_pair(a[i] & 15, a[i] >> 4 & 15), bf16_pair(3, 3),
+                           bf16_pair(-int(b[i] & 15), -int(b[i] >> 4 & 15)));
   }
 }
 

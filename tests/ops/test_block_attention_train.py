@@ -33,6 +33,21 @@ def test_dense_gradients_are_those_of_torch(listed: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_gradients_are_as_close_as_those_of_torch(isa: str) -> None:
+    q, k, v = (x.bfloat16().detach().requires_grad_() for x in _operands(n=300))
+    g = torch.randn(1, 300, 4, 32).bfloat16()
+
+    def dense(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        turned = (x.transpose(1, 2) for x in inputs)
+        o = scaled_dot_product_attention(*turned, is_causal=True, enable_gqa=True)
+        return _grads((o.transpose(1, 2) * g.to(o.dtype)).sum(), tuple(inputs))
+
+    exact = dense([x.detach().double().requires_grad_() for x in (q, k, v)])
+    mine = _grads((block_attention_train(q, k, v) * g).sum(), (q, k, v))
+    for ours, theirs, want in zip(mine, dense([q, k, v]), exact, strict=True):
+        assert (ours.double() - want).norm() <= 1.05 * (theirs.double() - want).norm()
+
+
 def test_keys_that_are_not_listed_get_no_gradient() -> None:
     inputs = q, k, v = _operands()
     index = vertical_slash_index(

@@ -132,6 +132,12 @@ def _quantize_rows(draw: Draw) -> Sample:
     return Sample("fuzz", (_rows(draw, draw(st.integers(1, 150))),))
 
 
+def _hadamard(draw: Draw) -> Sample:
+    block = 2 ** draw(st.integers(0, 9))
+    x = _rows(draw, block * draw(st.integers(1, 3)))
+    return Sample("fuzz", (x, block))
+
+
 def _terms(draw: Draw, x: Tensor, n: int) -> dict[str, Any]:
     terms: dict[str, Any] = {}
     if draw(st.booleans()):
@@ -253,6 +259,7 @@ VALID = {
     "active_linear": _active_linear,
     "block_sparse_linear": _block_sparse_linear,
     "compress_nm": _compress_nm,
+    "hadamard": _hadamard,
     "lowbit_linear": _lowbit_linear,
     "nm_linear": _nm_linear,
     "pack_lowbit": _pack_lowbit,

@@ -29,7 +29,8 @@ struct Part {
   int64_t sequence, head, begin, end;
 };
 
-// All parts, in order of sequence, head, first tile.
+// All parts: of each sequence, tiles of all heads one after another, or where scores are summed,
+// head after head.
 class Parts {
  public:
   explicit Parts(const BlockAttentionArgs& a) : a_(a) {}
@@ -38,7 +39,14 @@ class Parts {
   void each(const Visit& visit) const {
     for (int64_t s = 0; s < a_.sequence_count; ++s) {
       const int64_t tiles = attention_tiles(a_, s);
-      const int64_t parts = a_.score_rows == nullptr ? tiles : min_of(tiles, kScoreParts);
+      if (a_.score_rows == nullptr) {
+        // Heads of a token lie together: their tiles find the pages of q and o at hand.
+        for (int64_t i = 0; i < tiles; ++i) {
+          for (int64_t head = 0; head < a_.heads; ++head) visit(Part{s, head, i, i + 1});
+        }
+        continue;
+      }
+      const int64_t parts = min_of(tiles, kScoreParts);
       for (int64_t head = 0; head < a_.heads; ++head) {
         for (int64_t i = 0; i < parts; ++i) {
           visit(Part{s, head, tiles * i / parts, tiles * (i + 1) / parts});
@@ -162,15 +170,16 @@ void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& p
   });
   int64_t total = 0;
   Parts(args).each([&](const Part& part) { total += cost_of(args, part); });
-  // A part belongs to the task in whose share of the cost its first key is.
+  // A part belongs to the task in whose share of the cost its middle is.
   parallel.for_each(plan.tasks, [&](int64_t task) {
     int64_t before = 0;
     float* scores = partial_scores;
     Parts(args).each([&](const Part& part) {
-      if (before * plan.tasks / total == task) {
+      const int64_t cost = cost_of(args, part);
+      if (min_of((before + cost / 2) * plan.tasks / total, plan.tasks - 1) == task) {
         attend(args, *plan.kernels, part, scratch + task * plan.scratch_bytes, scores);
       }
-      before += cost_of(args, part);
+      before += cost;
       if (scores != nullptr) scores += args.sequences[part.sequence].keys;
     });
   });

@@ -155,7 +155,8 @@ void block_attention(const BlockAttentionArgs& args, const BlockAttentionPlan& p
 // Weights are computed again. Tiles of queries are shared out in parts of a sequence and key head,
 // whose number follows from the shapes alone: each adds up its own grad_k and grad_v, all heads of
 // the group in order, and the parts are added in order, so no sum depends on the number of threads.
-// Arithmetic is fp32, whatever the operands are.
+// Sums are fp32; the tiers for bf16 round p and ds to bf16, once they are known, as operands of the
+// products that follow.
 struct BlockAttentionBackwardArgs {
   BlockAttentionArgs forward;  // as it was called; o and lse are read
   const void* grad_o;          // [rows, heads, dv]
@@ -181,10 +182,12 @@ struct BlockAttentionBackwardKernels {
   void (*tile)(const BlockAttentionBackwardArgs&, const QueryTile&, float* sums, uint8_t* scratch);
 };
 
-#define OW_BLOCK_ATTENTION_GRADIENTS(X)                              \
-  OW_IF_AVX512(X(avx512, 0, kAnyM, block_attention_backward_avx512)) \
-  OW_IF_AVX2(X(avx2, 0, kAnyM, block_attention_backward_avx2))       \
-  X(scalar, 0, kAnyM, block_attention_backward_scalar)
+#define OW_BLOCK_ATTENTION_GRADIENTS(X)                                                         \
+  OW_IF_AVX512BF16(                                                                             \
+      X(avx512bf16, int32_t(FloatType::bf16), kAnyM, block_attention_backward_bf16_avx512bf16)) \
+  OW_IF_AVX512(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx512, block_attention_backward_avx512))        \
+  OW_IF_AVX2(OW_BLOCK_ATTENTION_EACH_TYPE(X, avx2, block_attention_backward_avx2))              \
+  OW_BLOCK_ATTENTION_EACH_TYPE(X, scalar, block_attention_backward_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernels) extern const BlockAttentionBackwardKernels kernels;
 OW_BLOCK_ATTENTION_GRADIENTS(OW_DECLARE)

@@ -42,24 +42,39 @@ struct Bf16Operands {
     }
   }
 
+  // Rows 2 p and 2 p + 1, zeros from `count` on: elements c .. c + 15 of both, in pairs.
+  __attribute__((always_inline)) static __m512i load_pairs(const void* const* rows, int64_t count,
+                                                           int64_t p, int64_t c, int64_t d) {
+    const auto load_row = [&](int64_t j) __attribute__((always_inline)) {
+      if (j >= count || c >= d) return _mm512_setzero_si512();
+      const __m256i row =
+          _mm256_maskz_loadu_epi16(lane_mask(d - c), static_cast<const bf16*>(rows[j]) + c);
+      return _mm512_cvtepu16_epi32(row);
+    };
+    return _mm512_or_si512(load_row(2 * p), _mm512_slli_epi32(load_row(2 * p + 1), 16));
+  }
+
   // Pairs of keys, as elements of 32 bits, are transposed.
   static void transpose_values(const void* const* rows, int64_t count, FloatType, int64_t dv,
                                int64_t padded, bf16* out) {
-    const auto load_row = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
-      if (j >= count || c >= dv) return _mm512_setzero_si512();
-      const __m256i row =
-          _mm256_maskz_loadu_epi16(lane_mask(dv - c), static_cast<const bf16*>(rows[j]) + c);
-      return _mm512_cvtepu16_epi32(row);
-    };
     for (int64_t c = 0; c < padded; c += kLanes) {
       VecF pairs[kLanes];
       for (int64_t p = 0; p < kLanes; ++p) {
-        const __m512i odd = _mm512_slli_epi32(load_row(2 * p + 1, c), 16);
-        pairs[p] = as_float(VecI{_mm512_or_si512(load_row(2 * p, c), odd)});
+        pairs[p] = as_float(VecI{load_pairs(rows, count, p, c, dv)});
       }
       transpose(pairs);
       for (int64_t r = 0; r < kLanes; ++r) {
         _mm512_storeu_si512(out + (c + r) * kUnitKeys, as_int(pairs[r]).v);
+      }
+    }
+  }
+
+  static void pack_panels(const void* const* rows, int64_t count, FloatType, int64_t d, bf16* out) {
+    for (int64_t p = 0; 2 * p < count; ++p) {
+      for (int64_t c = 0; c < d; c += kLanes) {
+        bf16* panel = out + c / kQueryTile * kQueryTile * kQueryTile;
+        _mm512_storeu_si512(panel + (p * kQueryTile + c % kQueryTile) * 2,
+                            load_pairs(rows, count, p, c, d));
       }
     }
   }
@@ -101,6 +116,14 @@ struct Bf16Operands {
     const __m512i pairs = round_pairs(even, odd);
     _mm512_store_si512(weights + j * kQueryTile + 2 * i, pairs);
   }
+  __attribute__((always_inline)) static void store_rows(bf16* rows, int64_t j, int64_t i, VecF even,
+                                                        VecF odd) {
+    const __m512i both = __m512i(_mm512_cvtne2ps_pbh(odd.v, even.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + j * kQueryTile + i),
+                        _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + (j + 1) * kQueryTile + i),
+                        _mm512_extracti64x4_epi64(both, 1));
+  }
   __attribute__((always_inline)) static void load_weights(const bf16* weights, int64_t j, int64_t i,
                                                           VecF* even, VecF* odd) {
     const __m512i pairs = _mm512_load_si512(weights + j * kQueryTile + 2 * i);
@@ -119,6 +142,27 @@ struct Bf16Operands {
     const __m512i second = _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16);
     return _mm512_or_si512(lanes, second);
   }
+};
+
+// Products of pairs: as those of floats, at twice the depth.
+struct DotEngine : Bf16Operands {
+  static constexpr int kVectors = 4;
+  static constexpr int kRows = 6;
+
+  using Column = __m512i;
+  __attribute__((always_inline)) static __m512i load_column(const bf16* p) {
+    return _mm512_load_si512(p);
+  }
+  __attribute__((always_inline)) static __m512i broadcast(const bf16* p) {
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  __attribute__((always_inline)) static void accumulate(VecF& sum, __m512i left, __m512i column) {
+    dot2(sum, left, column);
+  }
+
+  static void multiply(const Product<bf16>& p) { ow::OW_TARGET::multiply<DotEngine>(p); }
 };
 
 }  // namespace

@@ -115,7 +115,7 @@ void write_keys_of(const BlockAttentionBackwardArgs& b, const float* sums,
 BlockAttentionBackwardPlan plan_block_attention_backward(const BlockAttentionArgs& args, Isa isa,
                                                          int64_t threads) {
   BlockAttentionBackwardPlan plan{};
-  plan.kernels = pick(kTable, isa, 0, kAnyM).fn;
+  plan.kernels = pick(kTable, isa, int32_t(args.type), kAnyM).fn;
   plan.packed_unit_bytes = plan.kernels->packed_unit_bytes(args);
   plan.packed_bytes = plan.packed_unit_bytes * attention_units(args);
   plan.scratch_bytes = round_up(plan.kernels->scratch_bytes(args), 64);
@@ -141,14 +141,15 @@ void block_attention_backward(const BlockAttentionBackwardArgs& args,
   });
   int64_t total = 0;
   each_part(a, [&](const Part& part) { total += cost_of(a, part); });
-  // A part belongs to the task in whose share of the cost its first tile is.
+  // A part belongs to the task in whose share of the cost its middle is.
   parallel.for_each(plan.tasks, [&](int64_t task) {
     int64_t before = 0;
     float* mine = sums;
     each_part(a, [&](const Part& part) {
       const int64_t count = part.units * sums_of_unit(a);
       const int64_t cost = cost_of(a, part);
-      if (min_of(before * plan.tasks / (total > 0 ? total : 1), plan.tasks - 1) == task) {
+      const int64_t middle = before + cost / 2;
+      if (min_of(middle * plan.tasks / (total > 0 ? total : 1), plan.tasks - 1) == task) {
         std::memset(mine, 0, size_t(count) * sizeof(float));
         each_tile(a, part, [&](const QueryTile& tile) {
           plan.kernels->tile(args, tile, mine, scratch + task * plan.scratch_bytes);

@@ -1,5 +1,8 @@
-// Gradients of block attention in terms of simd/vec.h and of the products of FloatEngine; each
-// block_attention_backward_<tier>.cpp compiles it once.
+// Gradients of block attention in terms of simd/vec.h and of an Engine, as the forward pass; each
+// block_attention_backward_<tier>.cpp compiles it. Of the engine it also takes
+//
+//   pack_panels         64 rows to panels of 64 dimensions: [panels, 64 / kPair, 64, kPair]
+//   store_rows          weights of keys j and j + 1, kLanes queries, to rows of keys: [32, 64]
 //
 // A tile of queries meets the keys it read, some units at a time. Scores and grad_p are keys by
 // queries, as in the forward pass; with weights p and ds in place of them
@@ -9,107 +12,111 @@
 //   grad_v [32 keys, dv] += p^T [32 keys, 64] * grad_o [64, dv]
 //
 // where rows of 64 lanes are what products take on their right side: Q and grad_o are cut into
-// panels of 64 dimensions, and so are the sums of grad_k and grad_v.
+// panels of 64 dimensions, and so are the sums of grad_k and grad_v. Where elements are bf16, ds is
+// written twice: as a left side, and in pairs of keys.
 #pragma once
 
-#include "kernels/block_attention/block_attention_float_body.h"
+#include "kernels/block_attention/block_attention_body.h"
 
 namespace ow::OW_TARGET {
 namespace {
 
-// Units whose products of keys by queries are in memory at a time: 2 x 32 KiB.
+// Units whose ds is in memory at a time.
 constexpr int64_t kBackwardUnits = 4;
 constexpr int64_t kUnitLanes = kUnitKeys * kQueryTile;
 
-// One unit's K [32, d], K^T [d, 32] and V [32, dv].
+// One unit's K [32, d], K^T [d_rows, 32] and V [32, dv].
+template <class E>
 struct BackwardLayout {
-  int64_t d, dv, d_rows;  // d_rows: rows of K^T
+  int64_t d, dv, d_rows;  // padded
 
   explicit BackwardLayout(const BlockAttentionArgs& a)
-      : d(a.d), dv(a.dv), d_rows(round_up(a.d, 16)) {}
+      : d(round_up(a.d, E::kDepth)), dv(round_up(a.dv, E::kDepth)), d_rows(round_up(a.d, 16)) {}
 
   int64_t transposed() const { return kUnitKeys * d; }
   int64_t values() const { return kUnitKeys * (d + d_rows); }
   int64_t elements() const { return kUnitKeys * (d + d_rows + dv); }
 };
 
+template <class E>
 void pack_backward_unit(const BlockAttentionArgs& a, const void* const* keys,
-                        const void* const* values, int64_t count, float* out) {
-  const BackwardLayout layout(a);
+                        const void* const* values, int64_t count, typename E::Element* out) {
+  const BackwardLayout<E> layout(a);
   for (int64_t j = 0; j < kUnitKeys; ++j) {
-    float* key = out + j * a.d;
-    float* value = out + layout.values() + j * a.dv;
+    typename E::Element* key = out + j * layout.d;
+    typename E::Element* value = out + layout.values() + j * layout.dv;
     if (j < count) {
-      FloatEngine::copy_row(keys[j], a.type, a.d, a.d, key);
-      FloatEngine::copy_row(values[j], a.type, a.dv, a.dv, value);
+      E::copy_row(keys[j], a.type, a.d, layout.d, key);
+      E::copy_row(values[j], a.type, a.dv, layout.dv, value);
     } else {
-      memset(key, 0, size_t(a.d) * sizeof(float));
-      memset(value, 0, size_t(a.dv) * sizeof(float));
+      memset(key, 0, size_t(layout.d) * sizeof(*key));
+      memset(value, 0, size_t(layout.dv) * sizeof(*value));
     }
   }
-  FloatEngine::transpose_values(keys, count, a.type, a.d, layout.d_rows, out + layout.transposed());
+  E::transpose_values(keys, count, a.type, a.d, layout.d_rows, out + layout.transposed());
 }
 
+template <class E>
 int64_t backward_unit_bytes(const BlockAttentionArgs& a) {
-  return round_up(BackwardLayout(a).elements() * int64_t(sizeof(float)), 64);
+  return round_up(BackwardLayout<E>(a).elements() * int64_t(sizeof(typename E::Element)), 64);
 }
 
+template <class E>
 void pack_backward(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
-  int64_t at = 0;
-  for (int64_t s = 0; s < a.sequence_count; ++s) {
-    const AttentionSequence& sequence = a.sequences[s];
-    const int64_t units = div_up(sequence.keys, kUnitKeys);
-    for (int64_t i = 0; i < units * a.kv_heads; ++i, ++at) {
-      if (at < begin || at >= end) continue;
-      const int64_t key = i % units * kUnitKeys;
-      const int64_t count = min_of(sequence.keys - key, kUnitKeys);
-      const void* keys[kUnitKeys];
-      const void* values[kUnitKeys];
-      for (int64_t j = 0; j < count; ++j) {
-        keys[j] = row_at(a.k, a.type, sequence.k, a.k_strides, key + j, i / units);
-        values[j] = row_at(a.v, a.type, sequence.v, a.v_strides, key + j, i / units);
-      }
-      pack_backward_unit(a, keys, values, count,
-                         reinterpret_cast<float*>(a.packed + at * a.packed_unit_bytes));
-    }
-  }
+  pack_units(a, begin, end,
+             [&](const void* const* keys, const void* const* values, int64_t count, uint8_t* out) {
+               pack_backward_unit<E>(a, keys, values, count,
+                                     reinterpret_cast<typename E::Element*>(out));
+             });
 }
 
-// The memory of one thread, in floats.
+// The memory of one thread. Where elements are floats, weights and ds take the place of the
+// products they are made of.
+template <class E>
 struct BackwardMemory {
-  float *q, *grad_o;                // [d, 64] and [dv, 64]: transposed
-  float *q_panels, *grad_o_panels;  // [panels, 64 queries, 64 dimensions]
-  float* grad_q;                    // [d_rows, 64]
-  float *weights, *ds;              // [units of a step, 32, 64]
-  float* gathered;                  // units of single keys
-  float* singles;                   // sums of one of them
+  using Element = typename E::Element;
+  static constexpr bool kSharesProducts = sizeof(Element) == sizeof(float);
+
+  Element *q, *grad_o;                // [d, 64] and [dv, 64]: transposed
+  Element *q_panels, *grad_o_panels;  // [panels, 64 queries, 64 dimensions]
+  float* grad_q;                      // [d_rows, 64]
+  float *scores, *grad_p;             // [32, 64]
+  Element *weights, *ds;              // [32, 64]
+  Element* ds_pairs;                  // [units of a step, 32, 64]
+  Element* gathered;                  // units of single keys
+  float* singles;                     // sums of one of them
   int64_t bytes;
 
   BackwardMemory(const BlockAttentionArgs& a, uint8_t* base) {
-    const BackwardLayout layout(a);
-    float* next = reinterpret_cast<float*>(base);
-    const auto take = [&](int64_t count) {
-      float* piece = next;
-      next += round_up(count, 16);
-      return piece;
+    const BackwardLayout<E> layout(a);
+    uint8_t* next = base;
+    const auto take = [&]<class T>(T** piece, int64_t count) {
+      *piece = reinterpret_cast<T*>(next);
+      next += round_up(count * int64_t(sizeof(T)), 64);
     };
-    q = take(a.d * kQueryTile);
-    grad_o = take(a.dv * kQueryTile);
-    q_panels = take(panels_of(a.d) * kQueryTile * kQueryTile);
-    grad_o_panels = take(panels_of(a.dv) * kQueryTile * kQueryTile);
-    grad_q = take(layout.d_rows * kQueryTile);
-    weights = take(kBackwardUnits * kUnitLanes);
-    ds = take(kBackwardUnits * kUnitLanes);
+    take(&q, layout.d * kQueryTile);
+    take(&grad_o, layout.dv * kQueryTile);
+    take(&q_panels, panels_of(a.d) * kQueryTile * kQueryTile);
+    take(&grad_o_panels, panels_of(a.dv) * kQueryTile * kQueryTile);
+    take(&grad_q, layout.d_rows * kQueryTile);
+    take(&scores, kUnitLanes);
+    take(&grad_p, kSharesProducts ? 0 : kUnitLanes);
+    take(&weights, kSharesProducts ? 0 : kUnitLanes);
+    take(&ds, kSharesProducts ? 0 : kUnitLanes);
+    take(&ds_pairs, kBackwardUnits * kUnitLanes);
     const bool has_columns = a.columns.indptr != nullptr;
-    gathered = take(has_columns ? kBackwardUnits * layout.elements() : 0);
-    singles = take(has_columns ? sums_of_unit(a) : 0);
-    bytes = int64_t(reinterpret_cast<uint8_t*>(next) - base);
+    take(&gathered, has_columns ? kBackwardUnits * layout.elements() : 0);
+    take(&singles, has_columns ? sums_of_unit(a) : 0);
+    bytes = next - base;
   }
 };
 
 // One tile of queries.
+template <class E>
 class Backward {
  public:
+  using Element = typename E::Element;
+
   Backward(const BlockAttentionBackwardArgs& b, const QueryTile& tile, float* sums,
            uint8_t* scratch)
       : b_(b),
@@ -131,14 +138,16 @@ class Backward {
     for (int64_t i = 0; i < queries_; ++i) read_row(i);
     memset(memory_.grad_q, 0, size_t(layout_.d_rows * kQueryTile) * sizeof(float));
     Walk walk(a_, tile_, sight_);
-    for (;;) {
-      int64_t count = 0;
-      while (count < kBackwardUnits && walk.next(units_ + count)) ++count;
-      if (count == 0) break;
-      for (int64_t u = 0; u < count; ++u) weigh_unit(u);
+    int64_t count = 0;
+    for (Unit unit; walk.next(&unit);) {
+      operands_[count] = operands_of(unit, count);
+      weigh_unit(unit, count);
+      add_keys(unit, count);
+      if (++count < kBackwardUnits) continue;
       add_queries(count);
-      for (int64_t u = 0; u < count; ++u) add_keys(u);
+      count = 0;
     }
+    add_queries(count);
     write_queries();
   }
 
@@ -157,26 +166,20 @@ class Backward {
   void pack_operands() {
     const void* rows[kQueryTile];
     for (int64_t i = 0; i < tile_.count; ++i) rows[i] = query_at(i);
-    pack_side(rows, a_.d, a_.scale < 0.0f, memory_.q, memory_.q_panels);
+    pack_side(rows, a_.d, layout_.d, a_.scale < 0.0f, memory_.q, memory_.q_panels);
     for (int64_t i = 0; i < tile_.count; ++i) rows[i] = grad_o_at(i);
-    pack_side(rows, a_.dv, false, memory_.grad_o, memory_.grad_o_panels);
+    pack_side(rows, a_.dv, layout_.dv, false, memory_.grad_o, memory_.grad_o_panels);
   }
 
   // Rows of d, transposed (their sign turned if `negative`), and in panels.
-  void pack_side(const void* const* rows, int64_t d, bool negative, float* transposed,
-                 float* panels) {
+  void pack_side(const void* const* rows, int64_t d, int64_t padded, bool negative,
+                 Element* transposed, Element* panels) {
     for (int64_t i = 0; i < queries_; i += kLanes) {
-      FloatEngine::pack_queries(rows + i, min_of(tile_.count - i, kLanes), a_.type, d, d, negative,
-                                transposed + i);
+      E::pack_queries(rows + i, min_of(tile_.count - i, kLanes), a_.type, d, padded, negative,
+                      transposed + i * E::kPair);
     }
-    memset(panels, 0, size_t(panels_of(d) * kQueryTile * kQueryTile) * sizeof(float));
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      for (int64_t c = 0; c < d; c += kQueryTile) {
-        const uint8_t* from = static_cast<const uint8_t*>(rows[i]) + c * float_size(a_.type);
-        const int64_t width = min_of(d - c, kQueryTile);
-        FloatEngine::copy_row(from, a_.type, width, width, panels + (c + i) * kQueryTile);
-      }
-    }
+    memset(panels, 0, size_t(panels_of(d) * kQueryTile * kQueryTile) * sizeof(*panels));
+    E::pack_panels(rows, tile_.count, a_.type, d, panels);
   }
 
   // lse in powers of two, and delta; a row without keys has weights of 0.
@@ -197,12 +200,10 @@ class Backward {
     });
   }
 
-  const float* operands_of(const Unit& unit, int64_t u) {
+  const Element* operands_of(const Unit& unit, int64_t u) {
     const AttentionSequence& sequence = *tile_.sequence;
     if (!unit.single) {
-      const int64_t in_head = div_up(sequence.keys, kUnitKeys);
-      const int64_t at = sequence.unit * a_.kv_heads + kv_head_ * in_head + unit.key / kUnitKeys;
-      return reinterpret_cast<const float*>(a_.packed + at * a_.packed_unit_bytes);
+      return reinterpret_cast<const Element*>(packed_unit(a_, sequence, kv_head_, unit));
     }
     const void* keys[kUnitKeys];
     const void* values[kUnitKeys];
@@ -210,65 +211,81 @@ class Backward {
       keys[j] = row_at(a_.k, a_.type, sequence.k, a_.k_strides, unit.columns[j], kv_head_);
       values[j] = row_at(a_.v, a_.type, sequence.v, a_.v_strides, unit.columns[j], kv_head_);
     }
-    float* out = memory_.gathered + u * layout_.elements();
-    pack_backward_unit(a_, keys, values, unit.end, out);
+    Element* out = memory_.gathered + u * layout_.elements();
+    pack_backward_unit<E>(a_, keys, values, unit.end, out);
     return out;
   }
 
+  Element* pairs_of(int64_t u) const { return memory_.ds_pairs + u * kUnitLanes; }
+  // Of the unit at hand, p and ds as rows of keys.
+  Element* weights() const {
+    if constexpr (BackwardMemory<E>::kSharesProducts) return memory_.scores;
+    return memory_.weights;
+  }
+  Element* ds(int64_t u) const {
+    return BackwardMemory<E>::kSharesProducts ? pairs_of(u) : memory_.ds;
+  }
+
   // Weights p and ds = scale * p * (grad_p - delta) of a unit.
-  void weigh_unit(int64_t u) {
-    const Unit& unit = units_[u];
-    operands_[u] = operands_of(unit, u);
-    float* weights = memory_.weights + u * kUnitLanes;
-    float* ds = memory_.ds + u * kUnitLanes;
-    multiply(operands_[u], kUnitKeys, a_.d, memory_.q, weights, false, queries_);
-    if (!sight_.is_full(unit)) hide(sight_, unit, queries_, weights);
-    multiply(operands_[u] + layout_.values(), kUnitKeys, a_.dv, memory_.grad_o, ds, false,
-             queries_);
+  void weigh_unit(const Unit& unit, int64_t u) {
+    float* scores = memory_.scores;
+    float* grad_p =
+        BackwardMemory<E>::kSharesProducts ? reinterpret_cast<float*>(pairs_of(u)) : memory_.grad_p;
+    multiply(operands_[u], layout_.d, memory_.q, scores);
+    if (!sight_.is_full(unit)) hide(sight_, unit, queries_, scores);
+    multiply(operands_[u] + layout_.values(), layout_.dv, memory_.grad_o, grad_p);
+    const VecF scale = set1(scale_);
     for (int64_t i = 0; i < queries_; i += kLanes) {
       const VecF shift = sub(set1(0.0f), load(lse_ + i));
       const VecF delta = load(delta_ + i);
-      for (int64_t j = 0; j < kUnitLanes; j += kQueryTile) {
-        const VecF p = exp2_(fma(load(weights + j + i), set1(scale_), shift));
-        const VecF grad = sub(load(ds + j + i), delta);
-        store(weights + j + i, p);
-        store(ds + j + i, mul(mul(p, grad), set1(a_.scale)));
+      for (int64_t j = 0; j < kUnitKeys; j += 2) {
+        VecF p[2], product[2];
+#pragma GCC unroll 2
+        for (int64_t r = 0; r < 2; ++r) {
+          const int64_t at = (j + r) * kQueryTile + i;
+          p[r] = E::exp2(fma(load(scores + at), scale, shift));
+          product[r] = mul(mul(p[r], sub(load(grad_p + at), delta)), set1(a_.scale));
+        }
+        E::store_rows(weights(), j, i, p[0], p[1]);
+        E::store_rows(ds(u), j, i, product[0], product[1]);
+        if constexpr (E::kPair > 1) {
+          E::store_weights(pairs_of(u), j, i, product[0], product[1]);
+        }
       }
     }
   }
 
-  // c [rows, 64] (+)= a [rows, depth] * b [depth, 64]
-  static void multiply(const float* a, int64_t rows, int64_t depth, const float* b, float* c,
-                       bool add, int64_t lanes) {
-    Product<float> product{};
+  // c [32, 64] = a [32, depth] * b [depth, 64]
+  void multiply(const Element* a, int64_t depth, const Element* b, float* c) const {
+    Product<Element> product{};
     product.a[0] = a;
     product.segments = 1;
-    product.rows = rows;
+    product.rows = kUnitKeys;
     product.row_stride = product.depth = depth;
     product.b = b;
     product.c = c;
-    product.add = add;
-    product.queries = lanes;
-    FloatEngine::multiply(product);
+    product.queries = queries_;
+    E::multiply(product);
   }
 
   void add_queries(int64_t count) {
-    Product<float> product{};
+    if (count == 0) return;
+    Product<Element> product{};
     product.segments = count;
     for (int64_t u = 0; u < count; ++u) product.a[u] = operands_[u] + layout_.transposed();
     product.rows = layout_.d_rows;
     product.row_stride = product.depth = kUnitKeys;
-    product.b = memory_.ds;
+    product.b = memory_.ds_pairs;
     product.c = memory_.grad_q;
     product.add = true;
     product.queries = queries_;
-    FloatEngine::multiply(product);
+    E::multiply(product);
   }
 
   // sums [panels, 32, 64] += weights [32, queries] * panels [queries, 64 dimensions]
-  void add_panels(const float* weights, const float* panels, int64_t d, float* sums) const {
+  void add_panels(const Element* weights, const Element* panels, int64_t d, float* sums) const {
     for (int64_t c = 0; c < d; c += kQueryTile) {
-      Product<float> product{};
+      Product<Element> product{};
       product.a[0] = weights;
       product.segments = 1;
       product.rows = kUnitKeys;
@@ -278,21 +295,19 @@ class Backward {
       product.c = sums + c * kUnitKeys;
       product.add = true;
       product.queries = round_up(min_of(d - c, kQueryTile), 16);
-      FloatEngine::multiply(product);
+      E::multiply(product);
     }
   }
 
-  void add_keys(int64_t u) {
-    const Unit& unit = units_[u];
+  void add_keys(const Unit& unit, int64_t u) {
     float* sums = memory_.singles;
     if (unit.single) {
       memset(sums, 0, size_t(sums_of_unit(a_)) * sizeof(float));
     } else {
       sums = sums_ + unit.key / kUnitKeys * sums_of_unit(a_);
     }
-    add_panels(memory_.ds + u * kUnitLanes, memory_.q_panels, a_.d, sums);
-    add_panels(memory_.weights + u * kUnitLanes, memory_.grad_o_panels, a_.dv,
-               sums + panels_of(a_.d) * kUnitLanes);
+    add_panels(ds(u), memory_.q_panels, a_.d, sums);
+    add_panels(weights(), memory_.grad_o_panels, a_.dv, sums + panels_of(a_.d) * kUnitLanes);
     if (!unit.single) return;
     for (int64_t j = 0; j < unit.end; ++j) {
       const int64_t key = unit.columns[j];
@@ -332,25 +347,31 @@ class Backward {
   const BlockAttentionBackwardArgs& b_;
   const BlockAttentionArgs& a_;
   const QueryTile& tile_;
-  const BackwardLayout layout_;
-  const BackwardMemory memory_;
+  const BackwardLayout<E> layout_;
+  const BackwardMemory<E> memory_;
   const Sight sight_;
   const int64_t queries_, kv_head_;
   float* const sums_;  // of the sequence and key head: [units, sums_of_unit]
   float scale_;        // of scores, to powers of two
-  Unit units_[kBackwardUnits];
-  const float* operands_[kBackwardUnits];
+  const Element* operands_[kBackwardUnits];
   alignas(64) float lse_[kQueryTile];
   alignas(64) float delta_[kQueryTile];
 };
 
+template <class E>
 int64_t backward_scratch_bytes(const BlockAttentionArgs& a) {
-  return BackwardMemory(a, nullptr).bytes;
+  return BackwardMemory<E>(a, nullptr).bytes;
 }
 
+template <class E>
 void backward_tile(const BlockAttentionBackwardArgs& args, const QueryTile& tile, float* sums,
                    uint8_t* scratch) {
-  Backward(args, tile, sums, scratch).run();
+  Backward<E>(args, tile, sums, scratch).run();
+}
+
+template <class E>
+constexpr BlockAttentionBackwardKernels backward_kernels_of() {
+  return {backward_unit_bytes<E>, backward_scratch_bytes<E>, pack_backward<E>, backward_tile<E>};
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
 // Block attention in terms of simd/vec.h and of an Engine, which each tier defines:
 //
-//   Element, kPair      what K, V^T, Q^T and weights are made of; kPair of them along the depth of
-//   a
-//                       product lie together in Q^T and in weights: [depth / kPair, 64, kPair]
+//   Element, kPair      what K, V^T, Q^T and weights are made of; in Q^T and in weights, kPair of
+//                       them along the depth of a product lie together: [depth / kPair, 64, kPair]
 //   kDepth              depths are multiples of it
-//   kTileUnits          units whose scores and weights are in memory at a time
+//   kTileUnits          units whose weights are in memory at a time, and values added
 //   pack_query          16 queries' rows to their lanes of Q^T
 //   transpose_values    one unit's values to V^T
 //   exp2                2^x for x <= kSlack, 0 at -inf
@@ -15,6 +14,7 @@
 #pragma once
 
 #include "kernels/block_attention/block_attention_layout_body.h"
+#include "kernels/block_attention/block_attention_product_body.h"
 #include "simd/vec.h"
 
 namespace ow::OW_TARGET {
@@ -26,19 +26,6 @@ constexpr float kSlack = 8.0f;
 constexpr float kLowest = -3.40282347e38f;
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504f;
-constexpr int64_t kMaxTileUnits = 8;
-
-template <class Element>
-struct Product {
-  const Element* a[kMaxTileUnits];  // of each segment
-  int64_t segments;
-  int64_t rows, row_stride;  // of a, in elements
-  int64_t depth;             // of a segment
-  const Element* b;
-  float* c;
-  bool add;
-  int64_t queries;  // lanes worth computing, a multiple of 16
-};
 
 // Scores [keys of `unit`, 64] of what a query does not see become -inf.
 OW_INLINE void hide(const Sight& sight, const Unit& unit, int64_t queries, float* scores) {
@@ -64,7 +51,8 @@ class Attend {
         memory_(a, scratch),
         sight_(a, tile),
         queries_(round_up(tile.count, 16)),
-        kv_head_(tile.head / (a.heads / a.kv_heads)) {
+        kv_head_(tile.head / (a.heads / a.kv_heads)),
+        keeps_(tile.scores != nullptr) {
     const float scale = a.scale < 0.0f ? -a.scale : a.scale;
     // Not 0: masked scores are -inf, and must stay it.
     scale_ = scale * kLog2E > 0x1p-100f ? scale * kLog2E : 0x1p-100f;
@@ -72,30 +60,17 @@ class Attend {
 
   void run() {
     pack_queries();
-    fetch_rows();
     for (int64_t i = 0; i < kQueryTile; ++i) m_[i] = kLowest;
     for (int64_t i = 0; i < kQueryTile; ++i) l_[i] = 0.0f;
     Walk walk(a_, tile_, sight_);
-    const bool keep = tile_.scores != nullptr;
-    int64_t tiles = 0;
-    for (;; ++tiles) {
-      const int64_t slot = keep ? tiles : 0;
-      units_ = memory_.units + slot * E::kTileUnits;
-      weights_ = memory_.weights + slot * Memory<E>::kTileKeys * kQueryTile;
-      scores_ = Memory<E>::kSharesScores ? reinterpret_cast<float*>(weights_) : memory_.scores;
-      count_ = 0;
-      while (count_ < E::kTileUnits && walk.next(units_ + count_)) ++count_;
-      if (count_ == 0) break;
-      multiply_keys();
-      first_ = tiles == 0;
-      for (int64_t i = 0; i < queries_; i += kLanes) soften(i);
-      if (keep) memcpy(memory_.maxima + slot * kQueryTile, m_, sizeof(m_));
-      multiply_values();
-      last_count_ = count_;
+    while (walk.next(memory_.units + end_)) {
+      add_unit();
+      if (end_ - begin_ == E::kTileUnits) multiply_values();
     }
-    if (tiles == 0) memset(memory_.o, 0, size_t(layout_.dv * kQueryTile) * 4);
+    multiply_values();
+    if (first_) memset(memory_.o, 0, size_t(layout_.dv * kQueryTile) * 4);
     finish();
-    if (keep) sum_columns(tiles);
+    if (keeps_) sum_columns();
   }
 
  private:
@@ -116,29 +91,11 @@ class Attend {
            (row * a_.heads + tile_.head) * a_.dv * float_size(a_.type);
   }
 
-  // The output's rows, and the next tile's queries: 64 of each, some pages apart, are too few for
-  // the processor to guess.
-  void fetch_rows() const {
-    const int64_t bytes = a_.dv * float_size(a_.type);
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(output_at(i) + at, 1, 2);
-    }
-    const int64_t next = tile_.first + tile_.count;
-    const int64_t size = a_.d * float_size(a_.type);
-    for (int64_t i = next; i < min_of(next + kQueryTile, tile_.sequence->queries); ++i) {
-      const uint8_t* row = row_at(a_.q, a_.type, tile_.sequence->q, a_.q_strides, i, tile_.head);
-      for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
-  }
-
   // K, then V^T, of a unit.
-  const Element* operands_of(int64_t u) {
-    const Unit& unit = units_[u];
+  const Element* operands_of(const Unit& unit) {
     const AttentionSequence& sequence = *tile_.sequence;
     if (!unit.single) {
-      const int64_t in_head = div_up(sequence.keys, kUnitKeys);
-      const int64_t at = sequence.unit * a_.kv_heads + kv_head_ * in_head + unit.key / kUnitKeys;
-      return reinterpret_cast<const Element*>(a_.packed + at * a_.packed_unit_bytes);
+      return reinterpret_cast<const Element*>(packed_unit(a_, sequence, kv_head_, unit));
     }
     const void* keys[kUnitKeys];
     const void* values[kUnitKeys];
@@ -146,75 +103,112 @@ class Attend {
       keys[j] = row_at(a_.k, a_.type, sequence.k, a_.k_strides, unit.columns[j], kv_head_);
       values[j] = row_at(a_.v, a_.type, sequence.v, a_.v_strides, unit.columns[j], kv_head_);
     }
-    Element* out = memory_.gathered + u * (layout_.key_elements() + layout_.value_elements());
+    Element* out =
+        memory_.gathered + gathered_ * (layout_.key_elements() + layout_.value_elements());
+    gathered_ = (gathered_ + 1) % E::kTileUnits;
     pack_unit<E>(a_, keys, values, unit.end, out);
     return out;
   }
 
-  void multiply_keys() {
+  Element* weights_of(int64_t u) const { return memory_.weights + u * kUnitKeys * kQueryTile; }
+
+  // Scores and weights of unit number end_.
+  void add_unit() {
+    const Unit& unit = memory_.units[end_];
+    const Element* operands = operands_of(unit);
     Product<Element> product{};
     product.segments = 1;
+    product.a[0] = operands;
     product.rows = kUnitKeys;
     product.row_stride = product.depth = layout_.d;
     product.b = memory_.q;
+    product.c =
+        Memory<E>::kSharesScores ? reinterpret_cast<float*>(weights_of(end_)) : memory_.scores;
     product.queries = queries_;
-    for (int64_t u = 0; u < count_; ++u) {
-      operands_[u] = operands_of(u);
-      product.a[0] = operands_[u];
-      product.c = scores_ + u * kUnitKeys * kQueryTile;
-      E::multiply(product);
-      if (!sight_.is_full(units_[u])) hide(sight_, units_[u], queries_, product.c);
+    E::multiply(product);
+    if (!sight_.is_full(unit)) hide(sight_, unit, queries_, product.c);
+    if (find_largest(product.c)) {
+      // The units before it were weighed by the m so far.
+      multiply_values();
+      raise();
     }
+    for (int64_t i = 0; i < queries_; i += kLanes) soften(product.c, i);
+    if (keeps_) memcpy(memory_.maxima + end_ * kQueryTile, m_, sizeof(m_));
+    operands_[end_ - begin_] = operands;
+    ++end_;
   }
 
-  // Scores of queries i .. i + kLanes - 1 to weights; m and l follow.
-  void soften(int64_t i) {
-    const int64_t keys = count_ * kUnitKeys;
-    const float* scores = scores_ + i;
-    VecF largest[2] = {set1(kMinusInfinity), set1(kMinusInfinity)};
-    for (int64_t j = 0; j < keys; j += 2) {
-      largest[0] = max_(largest[0], load(scores + j * kQueryTile));
-      largest[1] = max_(largest[1], load(scores + (j + 1) * kQueryTile));
+  // The largest score of each query; whether m must follow one of them.
+  bool find_largest(const float* scores) {
+    VecI excess = set1(int32_t(0));
+    for (int64_t i = 0; i < queries_; i += kLanes) {
+      VecF largest[4];
+      for (int64_t j = 0; j < 4; ++j) largest[j] = load(scores + j * kQueryTile + i);
+      for (int64_t j = 4; j < kUnitKeys; j += 4) {
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < 4; ++r) {
+          largest[r] = max_(largest[r], load(scores + (j + r) * kQueryTile + i));
+        }
+      }
+      const VecF top = max_(max_(largest[0], largest[1]), max_(largest[2], largest[3]));
+      const VecF scaled = mul(top, set1(scale_));
+      store(largest_ + i, scaled);
+      // The sign of a float is that of its bits as an integer.
+      excess = max_(excess, as_int(sub(scaled, add(load(m_ + i), set1(kSlack)))));
     }
-    const VecF scale = set1(scale_);
-    const VecF top = mul(max_(largest[0], largest[1]), scale);
-    VecF m = load(m_ + i);
-    VecF l = load(l_ + i);
-    // The sign of a float is that of its bits as an integer.
-    if (max_of_lanes(as_int(sub(top, add(m, set1(kSlack))))) > 0) {
-      const VecF before = m;
-      m = max_(m, top);
-      const VecF factor = E::exp2(sub(before, m));
-      l = mul(l, factor);
+    return max_of_lanes(excess) > 0;
+  }
+
+  // m follows the largest scores; l and the output, m. Where it stays the factor must be 1, which
+  // that of the engine's exponential is not.
+  void raise() {
+    for (int64_t i = 0; i < queries_; i += kLanes) {
+      const VecF before = load(m_ + i);
+      const VecF m = max_(before, load(largest_ + i));
+      const VecF factor = exp2_(sub(before, m));
+      store(m_ + i, m);
+      store(l_ + i, mul(load(l_ + i), factor));
       for (int64_t c = first_ ? layout_.dv : 0; c < layout_.dv; ++c) {
         float* o = memory_.o + c * kQueryTile + i;
         store(o, mul(load(o), factor));
       }
-      store(m_ + i, m);
     }
-    const VecF shift = sub(set1(0.0f), m);
-    VecF sums[2] = {l, set1(0.0f)};
-    for (int64_t j = 0; j < keys; j += 2) {
-      const VecF even = E::exp2(fma(load(scores + j * kQueryTile), scale, shift));
-      const VecF odd = E::exp2(fma(load(scores + (j + 1) * kQueryTile), scale, shift));
+  }
+
+  // Scores of queries i .. i + kLanes - 1 to weights, which l follows.
+  void soften(const float* scores, int64_t i) {
+    Element* weights = weights_of(end_);
+    const VecF scale = set1(scale_);
+    const VecF shift = sub(set1(0.0f), load(m_ + i));
+    VecF sums[2] = {load(l_ + i), set1(0.0f)};
+    for (int64_t j = 0; j < kUnitKeys; j += 2) {
+      const VecF even = E::exp2(fma(load(scores + j * kQueryTile + i), scale, shift));
+      const VecF odd = E::exp2(fma(load(scores + (j + 1) * kQueryTile + i), scale, shift));
       sums[0] = add(sums[0], even);
       sums[1] = add(sums[1], odd);
-      E::store_weights(weights_, j, i, even, odd);
+      E::store_weights(weights, j, i, even, odd);
     }
     store(l_ + i, add(sums[0], sums[1]));
   }
 
+  // Adds the values of units begin_ .. end_ - 1.
   void multiply_values() {
+    if (begin_ == end_) return;
     Product<Element> product{};
-    product.segments = count_;
-    for (int64_t u = 0; u < count_; ++u) product.a[u] = operands_[u] + layout_.key_elements();
+    product.segments = end_ - begin_;
+    for (int64_t u = 0; u < product.segments; ++u) {
+      product.a[u] = operands_[u] + layout_.key_elements();
+    }
     product.rows = layout_.dv;
     product.row_stride = product.depth = kUnitKeys;
-    product.b = weights_;
+    product.b = weights_of(begin_);
     product.c = memory_.o;
     product.add = !first_;
     product.queries = queries_;
     E::multiply(product);
+    first_ = false;
+    if (!keeps_) end_ = 0;
+    begin_ = end_;
   }
 
   void finish() {
@@ -230,22 +224,18 @@ class Attend {
   }
 
   // Adds up the weights that were kept, as they count now.
-  void sum_columns(int64_t tiles) {
+  void sum_columns() {
     const uint8_t* chosen = a_.score_rows + tile_.sequence->row + tile_.first;
     for (int64_t i = 0; i < kQueryTile; ++i) {
       if (i >= tile_.count || !chosen[i]) inverse_[i] = 0.0f;
     }
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t count = t + 1 < tiles ? E::kTileUnits : last_count_;
+    for (int64_t u = 0; u < end_; ++u) {
       alignas(64) float factors[kQueryTile];
-      const float* m = memory_.maxima + t * kQueryTile;
+      const float* m = memory_.maxima + u * kQueryTile;
       for (int64_t i = 0; i < queries_; i += kLanes) {
-        store(factors + i, mul(E::exp2(sub(load(m + i), load(m_ + i))), load(inverse_ + i)));
+        store(factors + i, mul(exp2_(sub(load(m + i), load(m_ + i))), load(inverse_ + i)));
       }
-      for (int64_t u = 0; u < count; ++u) {
-        const int64_t unit = t * E::kTileUnits + u;
-        sum_unit(memory_.units[unit], memory_.weights + unit * kUnitKeys * kQueryTile, factors);
-      }
+      sum_unit(memory_.units[u], weights_of(u), factors);
     }
   }
 
@@ -269,16 +259,16 @@ class Attend {
   const Memory<E> memory_;
   const Sight sight_;
   const int64_t queries_, kv_head_;
-  float scale_;  // of scores, to powers of two
-  // Of the tile of keys at hand.
-  Unit* units_ = nullptr;
-  float* scores_ = nullptr;
-  Element* weights_ = nullptr;
-  int64_t count_ = 0, last_count_ = 0;
-  bool first_ = true;
+  float scale_;       // of scores, to powers of two
+  const bool keeps_;  // weights of all units, for column sums
+  // Units whose values are to be added; where weights are not kept, places are used again.
+  int64_t begin_ = 0, end_ = 0;
   const Element* operands_[kMaxTileUnits];
+  int64_t gathered_ = 0;  // place of the next unit of single keys
+  bool first_ = true;     // nothing is in the output yet
   alignas(64) float m_[kQueryTile];
   alignas(64) float l_[kQueryTile];
+  alignas(64) float largest_[kQueryTile];  // score of the unit at hand
   alignas(64) float inverse_[kQueryTile];  // 1 / l
 };
 

@@ -6,23 +6,6 @@
 namespace ow::OW_TARGET {
 namespace {
 
-template <class Function>
-OW_INLINE void by_type(FloatType type, const void* p, const Function& function) {
-  switch (type) {
-    case FloatType::f32: return function(static_cast<const float*>(p));
-    case FloatType::bf16: return function(static_cast<const bf16*>(p));
-    case FloatType::f16: return function(static_cast<const f16*>(p));
-  }
-}
-template <class Function>
-OW_INLINE void by_type(FloatType type, void* p, const Function& function) {
-  switch (type) {
-    case FloatType::f32: return function(static_cast<float*>(p));
-    case FloatType::bf16: return function(static_cast<bf16*>(p));
-    case FloatType::f16: return function(static_cast<f16*>(p));
-  }
-}
-
 struct FloatEngine {
   using Element = float;
   static constexpr int64_t kPair = 1;
@@ -58,6 +41,17 @@ struct FloatEngine {
     by_type(type, from, [&](const auto* row) {
       for (int64_t c = 0; c < d; c += kLanes) store_n(to + c, load_n(row + c, d - c), d - c);
     });
+  }
+
+  static void pack_panels(const void* const* rows, int64_t count, FloatType type, int64_t d,
+                          float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < d; c += kQueryTile) {
+        const int64_t width = min_of(d - c, kQueryTile);
+        const uint8_t* from = static_cast<const uint8_t*>(rows[i]) + c * float_size(type);
+        copy_row(from, type, width, width, out + (c + i) * kQueryTile);
+      }
+    }
   }
 
   static void transpose_values(const void* const* rows, int64_t count, FloatType type, int64_t dv,
@@ -96,61 +90,20 @@ struct FloatEngine {
     store(weights + j * kQueryTile + i, even);
     store(weights + (j + 1) * kQueryTile + i, odd);
   }
+  OW_INLINE void store_rows(float* rows, int64_t j, int64_t i, VecF even, VecF odd) {
+    store_weights(rows, j, i, even, odd);
+  }
   OW_INLINE void load_weights(const float* weights, int64_t j, int64_t i, VecF* even, VecF* odd) {
     *even = load(weights + j * kQueryTile + i);
     *odd = load(weights + (j + 1) * kQueryTile + i);
   }
 
-  template <int kR, int kV>
-  static void multiply_rows(const Product<float>& p, int64_t row, int64_t lane) {
-    float* c = p.c + row * kQueryTile + lane;
-    VecF sums[kR][kV];
-    for (int r = 0; r < kR; ++r) {
-      for (int v = 0; v < kV; ++v) {
-        sums[r][v] = p.add ? load(c + r * kQueryTile + v * kLanes) : set1(0.0f);
-      }
-    }
-    const float* b = p.b + lane;
-    for (int64_t s = 0; s < p.segments; ++s) {
-      const float* a = p.a[s] + row * p.row_stride;
-      for (int64_t i = 0; i < p.depth; ++i, b += kQueryTile) {
-        VecF columns[kV];
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) columns[v] = load(b + v * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kR; ++r) {
-          const VecF left = set1(a[r * p.row_stride + i]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kV; ++v) sums[r][v] = fma(left, columns[v], sums[r][v]);
-        }
-      }
-    }
-    for (int r = 0; r < kR; ++r) {
-      for (int v = 0; v < kV; ++v) store(c + r * kQueryTile + v * kLanes, sums[r][v]);
-    }
-  }
+  using Column = VecF;
+  OW_INLINE VecF load_column(const float* p) { return load(p); }
+  OW_INLINE VecF broadcast(const float* p) { return set1(*p); }
+  OW_INLINE void accumulate(VecF& sum, VecF left, VecF column) { sum = fma(left, column, sum); }
 
-  template <int kV>
-  static void multiply_lanes(const Product<float>& p, int64_t lane) {
-    int64_t row = 0;
-    for (; row + kRows <= p.rows; row += kRows) multiply_rows<kRows, kV>(p, row, lane);
-    // 32 keys, or dimensions in multiples of 16: an even number is left.
-    if (p.rows - row == 4) multiply_rows<4, kV>(p, row, lane);
-    if (p.rows - row == 2) multiply_rows<2, kV>(p, row, lane);
-  }
-
-  static void multiply(const Product<float>& p) {
-    constexpr int64_t kStep = kVectors * kLanes;
-    int64_t lane = 0;
-    for (; lane + kStep <= p.queries; lane += kStep) multiply_lanes<kVectors>(p, lane);
-    if constexpr (kStep > 16) {
-      switch (p.queries - lane) {
-        case 16: return multiply_lanes<1>(p, lane);
-        case 32: return multiply_lanes<2>(p, lane);
-        case 48: return multiply_lanes<3>(p, lane);
-      }
-    }
-  }
+  static void multiply(const Product<float>& p) { ow::OW_TARGET::multiply<FloatEngine>(p); }
 };
 
 }  // namespace

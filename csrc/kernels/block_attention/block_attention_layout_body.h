@@ -6,6 +6,23 @@
 namespace ow::OW_TARGET {
 namespace {
 
+template <class Function>
+OW_INLINE void by_type(FloatType type, const void* p, const Function& function) {
+  switch (type) {
+    case FloatType::f32: return function(static_cast<const float*>(p));
+    case FloatType::bf16: return function(static_cast<const bf16*>(p));
+    case FloatType::f16: return function(static_cast<const f16*>(p));
+  }
+}
+template <class Function>
+OW_INLINE void by_type(FloatType type, void* p, const Function& function) {
+  switch (type) {
+    case FloatType::f32: return function(static_cast<float*>(p));
+    case FloatType::bf16: return function(static_cast<bf16*>(p));
+    case FloatType::f16: return function(static_cast<f16*>(p));
+  }
+}
+
 template <class E>
 struct Layout {
   int64_t d, dv;  // padded
@@ -21,26 +38,24 @@ struct Layout {
 };
 
 // The memory of one thread. Scores and weights share theirs where elements are floats; where column
-// sums are asked for, those of each tile of keys have a place of their own.
+// sums are asked for, those of each unit have a place of their own.
 template <class E>
 struct Memory {
   using Element = typename E::Element;
-  static constexpr int64_t kTileKeys = E::kTileUnits * kUnitKeys;
   static constexpr bool kSharesScores = sizeof(Element) == sizeof(float);
 
-  Element* q;         // Q^T
-  float* o;           // o^T [dv, 64]
-  float* scores;      // [keys of a tile, 64]
-  Element* weights;   // of each tile
-  Unit* units;        // of each tile
-  float* maxima;      // m of each tile of keys: [64]
+  Element* q;        // Q^T
+  float* o;          // o^T [dv, 64]
+  float* scores;     // [keys of a unit, 64]
+  Element* weights;  // of each unit: [32, 64]
+  Unit* units;
+  float* maxima;      // m of each unit: [64]
   Element* gathered;  // units of single keys
-  int64_t tiles;
   int64_t bytes;
 
   Memory(const BlockAttentionArgs& a, uint8_t* base) {
     const Layout<E> layout(a);
-    tiles = 1;
+    int64_t count = E::kTileUnits;
     if (a.score_rows != nullptr) {
       int64_t keys = 0;
       for (int64_t s = 0; s < a.sequence_count; ++s) {
@@ -48,7 +63,7 @@ struct Memory {
       }
       // Runs of blocks, and the two ranges seen, may meet in a unit, which then is there twice; no
       // key is, and single keys fill their units.
-      tiles = div_up(2 * div_up(keys, kUnitKeys) + 4, E::kTileUnits);
+      count = 2 * div_up(keys, kUnitKeys) + 4;
     }
     uint8_t* next = base;
     const auto take = [&](int64_t size) {
@@ -59,11 +74,11 @@ struct Memory {
     q = reinterpret_cast<Element*>(take(layout.d * kQueryTile * int64_t(sizeof(Element))));
     o = reinterpret_cast<float*>(take(layout.dv * kQueryTile * 4));
     weights =
-        reinterpret_cast<Element*>(take(tiles * kTileKeys * kQueryTile * int64_t(sizeof(Element))));
-    scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kTileKeys * kQueryTile * 4));
-    // One tile more: at the end the walk looks for a unit that is not there.
-    units = reinterpret_cast<Unit*>(take((tiles + 1) * E::kTileUnits * int64_t(sizeof(Unit))));
-    maxima = reinterpret_cast<float*>(take(tiles * kQueryTile * 4));
+        reinterpret_cast<Element*>(take(count * kUnitKeys * kQueryTile * int64_t(sizeof(Element))));
+    scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kUnitKeys * kQueryTile * 4));
+    // One more: at the end the walk looks for a unit that is not there.
+    units = reinterpret_cast<Unit*>(take((count + 1) * int64_t(sizeof(Unit))));
+    maxima = reinterpret_cast<float*>(take(a.score_rows == nullptr ? 0 : count * kQueryTile * 4));
     gathered = reinterpret_cast<Element*>(
         take(a.columns.indptr == nullptr ? 0 : E::kTileUnits * layout.unit_bytes()));
     bytes = next - base;
@@ -93,8 +108,9 @@ void pack_unit(const BlockAttentionArgs& a, const void* const* keys, const void*
   E::transpose_values(values, count, a.type, a.dv, layout.dv, out + layout.key_elements());
 }
 
-template <class E>
-void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
+// Calls pack(rows of keys, rows of values, count, where to) for units [begin, end).
+template <class Pack>
+void pack_units(const BlockAttentionArgs& a, int64_t begin, int64_t end, const Pack& pack) {
   int64_t at = 0;
   for (int64_t s = 0; s < a.sequence_count; ++s) {
     const AttentionSequence& sequence = a.sequences[s];
@@ -110,10 +126,25 @@ void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
         keys[j] = row_at(a.k, a.type, sequence.k, a.k_strides, key + j, head);
         values[j] = row_at(a.v, a.type, sequence.v, a.v_strides, key + j, head);
       }
-      pack_unit<E>(a, keys, values, count,
-                   reinterpret_cast<typename E::Element*>(a.packed + at * a.packed_unit_bytes));
+      pack(keys, values, count, a.packed + at * a.packed_unit_bytes);
     }
   }
+}
+
+template <class E>
+void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
+  pack_units(a, begin, end,
+             [&](const void* const* keys, const void* const* values, int64_t count, uint8_t* out) {
+               pack_unit<E>(a, keys, values, count, reinterpret_cast<typename E::Element*>(out));
+             });
+}
+
+// Where an aligned unit was laid out.
+OW_INLINE const uint8_t* packed_unit(const BlockAttentionArgs& a, const AttentionSequence& sequence,
+                                     int64_t kv_head, const Unit& unit) {
+  const int64_t in_head = div_up(sequence.keys, kUnitKeys);
+  const int64_t at = sequence.unit * a.kv_heads + kv_head * in_head + unit.key / kUnitKeys;
+  return a.packed + at * a.packed_unit_bytes;
 }
 
 }  // namespace

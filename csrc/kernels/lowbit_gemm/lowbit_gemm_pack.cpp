@@ -3,38 +3,6 @@
 namespace ow {
 namespace {
 
-// Where code (lane, k) of a panel lies: `bits` low bits at `shift` of `byte`, and the one above
-// them, if the code has more, at `high_shift` of `high_byte`.
-struct CodePlace {
-  int64_t byte;
-  int shift, bits;
-  int64_t high_byte;
-  int high_shift;
-};
-
-CodePlace place_of(int32_t bits, int64_t lane, int64_t k) {
-  const int64_t half_bytes = block_bytes(bits) / 2;
-  const int64_t half = k / block_k(bits) * block_bytes(bits) + lane / kHalf * half_bytes;
-  const int64_t in_line = lane % kHalf * 4 + k % 4;
-  const int sub = int(k / 4 % 4);
-  switch (bits) {
-    case 8: return {half + sub * 64 + in_line, 0, 8, 0, 0};
-    case 4: return {half + sub / 2 * 64 + in_line, sub % 2 * 4, 4, 0, 0};
-    case 2: return {half + in_line, sub * 2, 2, 0, 0};
-  }
-  const int j = int(k / 4 % 8);
-  const int64_t byte = half + j / 3 * 64 + in_line;
-  return {byte, j % 3 * 3, j % 3 == 2 ? 2 : 3, half + 128 + in_line, 6 + j / 3};
-}
-
-// `panel` points at the bytes of the panel the lane is in.
-uint8_t code_of(int32_t bits, const uint8_t* panel, int64_t lane, int64_t k) {
-  const CodePlace at = place_of(bits, lane, k);
-  const int low = panel[at.byte] >> at.shift & ((1 << at.bits) - 1);
-  if (at.bits == bits) return uint8_t(low);
-  return uint8_t(low | (panel[at.high_byte] >> at.high_shift & 1) << at.bits);
-}
-
 float scale_of(FloatType type, const void* scales, int64_t i) {
   switch (type) {
     case FloatType::f32: return static_cast<const float*>(scales)[i];
@@ -69,7 +37,7 @@ void pack_lowbit(const LowbitPackArgs& a, const uint8_t* codes, const void* scal
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t n = panel * kPanel + lane;
       for (int64_t k = 0; n < a.n && k < a.k; ++k) {
-        const CodePlace at = place_of(a.bits, lane, k);
+        const CodePlace at = code_place(a.bits, lane, k);
         const int code = codes[n * a.k + k];
         out[at.byte] |= uint8_t((code & ((1 << at.bits) - 1)) << at.shift);
         if (at.bits < a.bits) out[at.high_byte] |= uint8_t((code >> at.bits) << at.high_shift);

@@ -52,8 +52,9 @@ constexpr int64_t kNmMaxGroup = 65536;
 struct NmGemmArgs {
   int64_t m, n, k;
   int32_t kept, block, vector;
-  int32_t bits;  // of a value: 4, 8, 16 (bf16), 32 (fp32)
-  bool int8;     // how to compute
+  int32_t bits;          // of a value: 4, 8, 16, 32
+  FloatType value_type;  // of values of 16 bits: bf16, and on GPUs f16
+  bool int8;             // how to compute
   int64_t group_size, groups;
   const void* x;          // [m, k] of y_type, contiguous; int8: codes
   const float* x_scales;  // int8: [m]

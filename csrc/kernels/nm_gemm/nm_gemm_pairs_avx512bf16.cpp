@@ -61,15 +61,6 @@ void lay_out_chunks(const NmGemmArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// acc += two products a lane. gcc 12 copies the accumulator round the intrinsic.
-OW_INLINE void dot2(VecF& acc, __m512i w, __m512i x) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(w), "v"(x));
-}
-OW_INLINE void dot2(VecF& acc, __m512i w, const uint8_t* x) {
-  asm("vdpbf16ps %2, %1, %0"
-      : "+v"(acc.v)
-      : "v"(w), "m"(*reinterpret_cast<const uint8_t(*)[64]>(x)));
-}
 OW_INLINE __m512i broadcast_pair(const uint8_t* values) {
   int32_t pair;
   memcpy(&pair, values, 4);

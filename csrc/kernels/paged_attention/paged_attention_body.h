@@ -75,6 +75,28 @@ void score_panel(const float (*q)[kMaxPagedD], const KeyPanel& keys, int64_t d, 
   }
 }
 
+// Turns the scores of a chunk into weights.
+void soften_rows(Rows* rows, const Chunk& chunk, float* states) {
+  const int64_t dv = rows->a.kv.values.d;
+  const int64_t size = state_size(rows->a);
+  if (chunk.newest) {
+    // Rows of different queries may see different tokens.
+    for (int64_t r = 0; r < rows->count; ++r) {
+      soften(rows->scores[r], rows->seen(chunk, r), dv, states + r * size);
+    }
+    return;
+  }
+  for_each_row_block(rows->count, [&](int64_t first, auto count) {
+    constexpr int kCount = decltype(count)::kRows;
+    float *scores[kCount], *state[kCount];
+    for (int r = 0; r < kCount; ++r) {
+      scores[r] = rows->scores[first + r];
+      state[r] = states + (first + r) * size;
+    }
+    soften<kCount>(scores, chunk.tokens, dv, state);
+  });
+}
+
 // Any format, by way of panels of fp32.
 class Panels {
  public:
@@ -159,9 +181,7 @@ void attend(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
       for (int i = 0; more; i ^= 1) {
         float* state = states + first * state_size(a);
         sides.score(&rows, chunk[i], PagesAhead(a, a.kv.values, chunk[i]));
-        for (int64_t r = 0; r < rows.count; ++r) {
-          soften(rows.scores[r], rows.seen(chunk[i], r), a.kv.values.d, state + r * state_size(a));
-        }
+        soften_rows(&rows, chunk[i], state);
         more = chunks.next(&chunk[i ^ 1]);
         // Of the next span, to be fetched.
         if (!more && unit + 1 < end) {

@@ -112,26 +112,24 @@ OW_INLINE const uint8_t* dense_row(const PagedAttentionArgs& a, const KVSide& si
 
 // One side of a chunk's pages, fetched into the cache a few lines at a time while the other side is
 // computed with: left to the hardware, whose streams end with every page of 4 KiB, arithmetic and
-// memory take turns.
+// memory take turns. Scales and mins of a page, few lines, come all at once before its codes.
 class PagesAhead {
  public:
   PagesAhead(const PagedAttentionArgs& a, const KVSide& side, const Chunk& chunk)
-      : a_(a), side_(side), chunk_(chunk), size_(float_size(a.kv.type)) {}
+      : a_(a), side_(side), chunk_(chunk) {
+    const int64_t page_size = a.kv.page_size;
+    const bool keys = &side == &a.kv.keys;
+    page_bytes_ = is_dense(side) ? page_size * side.d * float_size(a.kv.type)
+                  : keys         ? kv_key_page_bytes(side.bits, page_size, side.d)
+                                 : kv_value_page_bytes(side.bits, page_size, side.d);
+  }
 
   void fetch(int64_t lines) {
-    if (left_ >= 64 * lines) {
-      const uint8_t* at = at_;
-      at_ += 64 * lines;
-      left_ -= 64 * lines;
-      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
-      return;
-    }
-    for (; lines > 0; --lines) {
-      if (left_ <= 0 && !next_range()) return;
-      __builtin_prefetch(at_, 0, 2);
-      at_ += 64;
-      left_ -= 64;
-    }
+    if (left_ < 64 * lines) return fetch_to_end(lines);
+    const uint8_t* at = at_;
+    at_ += 64 * lines;
+    left_ -= 64 * lines;
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
   }
   // Of dense pages; null where there are none.
   const uint8_t* first_row() const {
@@ -140,49 +138,43 @@ class PagesAhead {
   }
 
  private:
-  bool next_range() {
+  void fetch_to_end(int64_t lines) {
+    for (; lines > 0; --lines) {
+      if (left_ <= 0 && !next_page()) return;
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      left_ -= 64;
+    }
+  }
+  bool next_page() {
     while (panel_ < chunk_.panels) {
       const int64_t page = chunk_.panel[panel_].page;
       const bool first = panel_ == 0 || page != chunk_.panel[panel_ - 1].page;
-      if (page >= 0 && first && range(page, part_)) {
-        ++part_;
-        return true;
-      }
       ++panel_;
-      part_ = 0;
+      if (page < 0 || !first) continue;
+      const void* pool = is_dense(side_) ? side_.rows : side_.codes;
+      at_ = static_cast<const uint8_t*>(pool) + page * page_bytes_;
+      left_ = page_bytes_;
+      if (!is_dense(side_)) fetch_scales(page);
+      return true;
     }
     return false;
   }
-  // Range number `part` of a page; false past the last.
-  bool range(int64_t page, int64_t part) {
-    const int64_t page_size = a_.kv.page_size;
-    if (is_dense(side_)) {
-      return part == 0 && set(side_.rows, page, page_size * side_.d * size_);
+  void fetch_scales(int64_t page) const {
+    const int64_t bytes = kv_scales_per_page(side_, a_.kv.page_size) * float_size(a_.kv.type);
+    const auto* scales = static_cast<const uint8_t*>(side_.scales) + page * bytes;
+    const auto* mins = static_cast<const uint8_t*>(side_.mins) + page * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(scales + i, 0, 2);
+      __builtin_prefetch(mins + i, 0, 2);
     }
-    const bool keys = &side_ == &a_.kv.keys;
-    const int64_t scales = kv_scales_per_page(side_, page_size) * size_;
-    switch (part) {
-      case 0: return set(side_.scales, page, scales);
-      case 1: return set(side_.mins, page, scales);
-      case 2:
-        return set(side_.codes, page,
-                   keys ? kv_key_page_bytes(side_.bits, page_size, side_.d)
-                        : kv_value_page_bytes(side_.bits, page_size, side_.d));
-      default: return false;
-    }
-  }
-  bool set(const void* pool, int64_t page, int64_t bytes) {
-    at_ = static_cast<const uint8_t*>(pool) + page * bytes;
-    left_ = bytes;
-    return true;
   }
 
   const PagedAttentionArgs& a_;
   const KVSide& side_;
   const Chunk& chunk_;
-  int64_t size_;
+  int64_t page_bytes_;
   int64_t panel_ = 0;
-  int64_t part_ = 0;
   const uint8_t* at_ = nullptr;
   int64_t left_ = 0;
 };

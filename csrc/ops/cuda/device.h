@@ -59,6 +59,13 @@ inline void check_operands(const char* op, std::initializer_list<Operand> operan
   }
 }
 
+inline void check_aligned(const char* op, const char* name, const Tensor& tensor) {
+  constexpr uintptr_t kAlignment = 16;  // of cp.async and of vector loads
+  const uintptr_t past = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment;
+  OW_CHECK(past == 0, op, ": ", name, " must begin at a multiple of ", kAlignment,
+           " bytes on a GPU, got ", past, " past one; call .clone()");
+}
+
 // Makes the device of a tensor current, and launches on torch's stream of it.
 class Device {
  public:

@@ -80,3 +80,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, OW_HERE) {
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline unsigned long long atomicMin(unsigned long long* to, unsigned long long value) {
+  unsigned long long old = __atomic_load_n(to, __ATOMIC_RELAXED);
+  while (value < old &&
+         !__atomic_compare_exchange_n(to, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}

@@ -20,6 +20,8 @@ uint32_t prmt_b32(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+float cvt_f32_f16(uint16_t value) { return to_float(f16{value}); }
+
 uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   uint32_t result = 0;
   for (int i = 0; i < 2; ++i) {
@@ -32,8 +34,27 @@ uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
+uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [i](uint32_t word) { return to_float(bf16{uint16_t(word >> (16 * i))}); };
+    // By way of fp32, which a GPU does not round to: only exact results are the same.
+    bf16 sum;
+    from_float(float(double(half(a)) * double(half(b)) + double(half(c))), &sum);
+    result |= uint32_t(sum.bits) << (16 * i);
+  }
+  return result;
+}
+
 uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   bf16 halves[2];
+  from_float(low, &halves[0]);
+  from_float(high, &halves[1]);
+  return uint32_t(halves[1].bits) << 16 | halves[0].bits;
+}
+
+uint32_t cvt_rn_f16x2_f32(float high, float low) {
+  f16 halves[2];
   from_float(low, &halves[0]);
   from_float(high, &halves[1]);
   return uint32_t(halves[1].bits) << 16 | halves[0].bits;
@@ -49,17 +70,16 @@ void carry_out(const Copy& copy) {
   }
 }
 
-}  // namespace
-
-void cp_async_cg_16(void* shared, const void* global, int bytes, const emulation::Where& where) {
+void copy_async(void* shared, const void* global, int size, int bytes,
+                const emulation::Where& where) {
   Thread& self = emulation::current();
-  if (uintptr_t(shared) % 16 != 0 || (bytes != 0 && uintptr_t(global) % 16 != 0)) {
-    emulation::fail("an address of cp.async is not aligned to 16 bytes", where);
+  if (uintptr_t(shared) % size != 0 || (bytes != 0 && uintptr_t(global) % size != 0)) {
+    emulation::fail("an address of cp.async is not aligned to its size", where);
   }
   if (self.copy_count == Thread::kMaxCopies) {
     emulation::fail("a thread has too many cp.async on their way", where);
   }
-  const Copy copy{shared, global, 16, bytes, self.copy_group};
+  const Copy copy{shared, global, size, bytes, self.copy_group};
 #if defined(__SANITIZE_THREAD__)
   // It may write at any time until the wait: touch both ends.
   carry_out(copy);
@@ -71,6 +91,15 @@ void cp_async_cg_16(void* shared, const void* global, int bytes, const emulation
     self.copies[self.copy_count++] = copy;
   }
 #endif
+}
+
+}  // namespace
+
+void cp_async_cg_16(void* shared, const void* global, int bytes, const emulation::Where& where) {
+  copy_async(shared, global, 16, bytes, where);
+}
+void cp_async_ca_4(void* shared, const void* global, int bytes, const emulation::Where& where) {
+  copy_async(shared, global, 4, bytes, where);
 }
 
 OW_UNCHECKED void cp_async_commit_group() { ++emulation::current().copy_group; }

@@ -70,13 +70,13 @@ OW_UNCHECKED void finish_m16n8k16(void* const* lanes, unsigned) {
   tiles.multiply(lanes);
 }
 
-OW_UNCHECKED void finish_m16n8k32_u8_s8(void* const* lanes, unsigned) {
+OW_UNCHECKED void finish_m16n8k32_s8(void* const* lanes, unsigned) {
   Tiles<int, 32> tiles;
   for (int lane = 0; lane < kLanes; ++lane) {
     const Operands& x = of_lane(lanes, lane);
     for (int i = 0; i < 16; ++i) {
       const fragments::Element e = fragments::a_m16n8k32(lane, i);
-      tiles.a[e.row][e.column] = uint8_t(x.a[i / 4] >> (i % 4 * 8));
+      tiles.a[e.row][e.column] = int8_t(x.a[i / 4] >> (i % 4 * 8));
     }
     for (int i = 0; i < 8; ++i) {
       const fragments::Element e = fragments::b_m16n8k32(lane, i);
@@ -88,19 +88,29 @@ OW_UNCHECKED void finish_m16n8k32_u8_s8(void* const* lanes, unsigned) {
 
 template <bool kBf16>
 OW_UNCHECKED void finish_sp_m16n8k32(void* const* lanes, unsigned) {
-  Tiles<float, 32> tiles{};
+  const int selector = of_lane(lanes, 0).selector;
+  uint32_t kept[16][8] = {};  // of each four columns
   for (int lane = 0; lane < kLanes; ++lane) {
     const Operands& x = of_lane(lanes, lane);
-    if (x.selector != of_lane(lanes, 0).selector) {
+    if (x.selector != selector) {
       return emulation::fail("the selector of mma.sp differs between lanes",
                              emulation::Where::current());
     }
+    for (int half = 0; half < 2; ++half) {
+      const fragments::Metadata at = fragments::metadata_sp_m16n8k32(lane, half);
+      if (at.selector != selector) continue;
+      for (int i = 0; i < 4; ++i) {
+        kept[at.row][at.column / 4 + i] = x.metadata >> (16 * half + 4 * i) & 15;
+      }
+    }
+  }
+  Tiles<float, 32> tiles{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Operands& x = of_lane(lanes, lane);
     for (int i = 0; i < 8; ++i) {
       const fragments::Element e = fragments::a_sp_m16n8k32(lane, i);
-      const fragments::Metadata at = fragments::metadata_sp_m16n8k32(e.row, e.column, x.selector);
-      const uint32_t kept = of_lane(lanes, at.lane).metadata >> at.shift;
-      const int first = int(kept & 3);
-      const int second = int(kept >> 2 & 3);
+      const int first = int(kept[e.row][e.column / 4] & 3);
+      const int second = int(kept[e.row][e.column / 4] >> 2);
       if (first >= second) {
         return emulation::fail("the metadata of mma.sp is not in order",
                                emulation::Where::current());
@@ -134,9 +144,9 @@ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
                        const emulation::Where& where) {
   dense("mma.m16n8k16.bf16", d, a, b0, b1, finish_m16n8k16<true>, where);
 }
-void mma_m16n8k32_u8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                        const emulation::Where& where) {
-  dense("mma.m16n8k32.u8.s8", d, a, b0, b1, finish_m16n8k32_u8_s8, where);
+void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     const emulation::Where& where) {
+  dense("mma.m16n8k32.s8", d, a, b0, b1, finish_m16n8k32_s8, where);
 }
 
 void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],

@@ -12,6 +12,7 @@ from .block_attention_train import block_attention_train
 from .block_index import block_index, largest
 from .block_sparse import compress_block_sparse, expand_block_sparse
 from .decoder import decoder_layers
+from .hadamard import hadamard
 from .kv_cache import kv_append, kv_commit, kv_read, kv_rollback, page_bounds
 from .kv_policy import kv_compact, kv_evict, kv_merge, select_pages
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
@@ -36,6 +37,7 @@ __all__ = [
     "expand_block_sparse",
     "expand_nm",
     "expand_sparse",
+    "hadamard",
     "hierarchical_topk",
     "kv_append",
     "kv_commit",

@@ -25,8 +25,13 @@ nm_linear_overload = torch.ops.openwork.nm_linear.default
 _PANEL = 16
 _UNIT = 32
 _MAX_GROUP = 65536
-_BITS = {torch.float32: 32, torch.bfloat16: 16}
+_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 _VALUE_TYPES = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8, 4: torch.uint8}
+
+
+def _value_type(bits: int, given: torch.dtype) -> torch.dtype:
+    """Of ``values``; of 16 bits they may be float16, too."""
+    return given if bits == 16 and given == torch.float16 else _VALUE_TYPES[bits]
 
 
 def compress_nm(
@@ -45,9 +50,10 @@ def compress_nm(
     ``vector`` V, rows ``V i .. V i + V - 1`` together keep at most N (V:N:M), and share one index.
 
     Args:
-        weight: ``[n, k]`` float32 or bfloat16, kept as they are; or uint8 codes, each in
-            ``0 .. 2**bits - 1``, of the weight ``scales[n, g] * (codes[n, k] - 2**(bits - 1))``
-            with ``g = k // group_size``, as a symmetric :func:`openwork.quant.rtn` makes them.
+        weight: ``[n, k]`` float32, bfloat16 or float16, kept as they are (float16 multiplies on a
+            GPU only); or uint8 codes, each in ``0 .. 2**bits - 1``, of the weight
+            ``scales[n, g] * (codes[n, k] - 2**(bits - 1))`` with ``g = k // group_size``, as a
+            symmetric :func:`openwork.quant.rtn` makes them.
         pattern: ``(N, M)`` with M = 4, 8, 16 or 32 and N < M.
         mask: ``[n, k]`` bool, true for what is kept, or None: what is not zero is kept.
         vector: 1, 8, 16 or 32.
@@ -56,7 +62,8 @@ def compress_nm(
         group_size: of codes: 32, 64, 128, or k, which None stands for.
 
     Returns:
-        A :class:`~openwork.NmWeight` of new tensors in huge-page memory. It takes
+        A :class:`~openwork.NmWeight` on the device of ``weight``, on a CPU in huge-page memory. It
+        takes
         ``N / M * (bits of a value + log2(M) / V)`` bits a weight, and the scales.
 
     Raises:
@@ -96,8 +103,8 @@ def expand_nm(weight: NmWeight) -> tuple[Tensor, Tensor | None]:
     """The inverse of :func:`compress_nm`: dense, with zeros where nothing is kept.
 
     Returns:
-        ``[n, k]`` float32, bfloat16, or uint8 codes (``2**(bits - 1)`` is zero), and the scales
-        ``[n, groups]`` of codes or None.
+        ``[n, k]`` of the dtype of the values, or uint8 codes (``2**(bits - 1)`` is zero), and the
+        scales ``[n, groups]`` of codes or None.
 
     Raises:
         ValueError: tensors that do not fit the layout.
@@ -135,7 +142,8 @@ def nm_linear(
         infinity or a NaN in a row of x may reach every result of that row, and no other.
 
     Raises:
-        ValueError: a wrong dtype or shape, or a layout this build does not read.
+        ValueError: a wrong dtype or shape, a layout this build does not read, or float16 values on
+            a CPU.
 
     Example:
         >>> weight = torch.zeros(16, 32)
@@ -239,7 +247,7 @@ def _check_nm(
     bits = value_bits(checked_layout(op, layout, NM_LAYOUTS, "compress_nm"))
     _check_geometry(op, n, k, kept, block, vector, bits, group_size)
     value_shape, index_shape = _packed_shapes(n, k, kept, block, vector, bits)
-    check_operand(op, "values", values, _VALUE_TYPES[bits], value_shape)
+    check_operand(op, "values", values, _value_type(bits, values.dtype), value_shape)
     check_operand(op, "index", index, torch.uint8, index_shape)
     _check_scales_given(op, bits, scales)
     if scales is not None:
@@ -274,6 +282,10 @@ def _nm_linear_fake(
             compute == 0,
             f"{op}: compute must be 0 (float) for values of 16 and 32 bits, got {compute}",
         )
+        check(
+            values.dtype != torch.float16 or values.device.type != "cpu",
+            f"{op}: values must be bfloat16 on the CPU, got float16; a GPU takes both",
+        )
     check_compute_id(op, compute)
     return linear_result(op, x, n, bias, add)
 
@@ -291,7 +303,8 @@ def _compress_nm_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "compress_nm"
     check(bits in _VALUE_TYPES, f"{op}: bits must be 4, 8, 16 or 32, got {bits}")
-    check_dtype(op, "weight", weight, torch.uint8 if bits <= 8 else _VALUE_TYPES[bits])
+    value_type = _value_type(bits, weight.dtype)
+    check_dtype(op, "weight", weight, torch.uint8 if bits <= 8 else value_type)
     check(weight.dim() == 2, f"{op}: weight must be [n, k], got {list(weight.shape)}")
     n, k = weight.shape
     _check_geometry(op, n, k, kept, block, vector, bits, group_size)
@@ -307,7 +320,7 @@ def _compress_nm_fake(
         packed_scales = scales.new_empty((-(-n // _PANEL), groups, _PANEL))
     values, index = _packed_shapes(n, k, kept, block, vector, bits)
     return (
-        weight.new_empty(values, dtype=_VALUE_TYPES[bits]),
+        weight.new_empty(values, dtype=value_type),
         weight.new_empty(index, dtype=torch.uint8),
         packed_scales,
     )
@@ -334,6 +347,4 @@ def _expand_nm_fake(
         flat_scales = values.new_empty((0, groups), dtype=torch.float32)
     else:
         flat_scales = scales.new_empty((n, groups))
-    return values.new_empty((n, k), dtype=_VALUE_TYPES[bits] if bits > 8 else torch.uint8), (
-        flat_scales
-    )
+    return values.new_empty((n, k), dtype=values.dtype if bits > 8 else torch.uint8), flat_scales

@@ -79,7 +79,7 @@ def block_attention_reference(
 
 
 # Of a weight, relative: the polynomial of the bfloat16 tiers, with its roundings.
-_BF16_EXP = 8e-5
+BF16_EXP = 8e-5
 
 
 def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -96,7 +96,7 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, ..
     weight = EPS[torch.float32] * ((d + 8) * worst + 3)
     rounding = 0.0
     if q.dtype == torch.bfloat16:
-        weight, rounding = weight + _BF16_EXP, EPS[torch.bfloat16]
+        weight, rounding = weight + BF16_EXP, EPS[torch.bfloat16]
     add = EPS[torch.float32] * (n + 10)
     kwargs = {**sample.kwargs, "return_lse": True, "scores": None}
     reach = block_attention_reference(q, k, v.abs(), *sample.args[3:], **kwargs)[0]
@@ -262,6 +262,11 @@ def _indexed_samples(kind: str, dtype: torch.dtype) -> Iterator[Sample]:
         index = make_index([(sq, sk)], heads, block_m, block_n, density, columns)
         name = f"{kind}-{block_m}x{block_n}-{sq}-{sk}-{heads}-{density}-{columns}"
         yield Sample(name, (*make_operands(1, sq, sk, h, g, 64, 64, dtype), index), both)
+    # Later keys exceed the largest score so far, again and again.
+    q, k, v = make_operands(1, 200, 900, 2, 1, 64, 64, dtype)
+    ascending = k * torch.linspace(0.1, 20, 900)[:, None, None].to(dtype)
+    index = make_index([(200, 900)], 2, 64, 32, 0.2, 0.5)
+    yield Sample(f"{kind}-rising-index", (q.abs(), ascending.abs(), v, index), {})
     q, k, v = make_operands(2, 100, 160, 4, 2, 40, 48, dtype)
     index = make_index([(100, 160)] * 2, 4, 48, 32, 0.4, 0.1)
     yield Sample(f"{kind}-batch-index", (q, k, v, index), both)
@@ -354,7 +359,8 @@ def _workload(pattern: str, keys: int, d: int, dtype: str, density: float) -> Wo
     return Workload(params, make)
 
 
-def _cost(params: Mapping[str, Any]) -> Cost:
+def cost(params: Mapping[str, Any]) -> Cost:
+    """Of a workload."""
     keys, h, g, d = (params[name] for name in ("keys", "h", "kv_heads", "d"))
     # Two products of d for each pair of a query and a key that is listed and not after it.
     pairs = params["density"] * keys * (keys + 1) / 2
@@ -383,6 +389,6 @@ CASES = (
                 ("blocks", 0.1),
             )
         ),
-        cost=_cost,
+        cost=cost,
     ),
 )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_index import BlockIndex
-from ..ops.block_attention import lists_of
+from ..ops.block_attention import block_attention, lists_of
 from ..ops.block_attention_train import block_attention_train
-from .block_attention import block_attention_reference, make_index, make_operands
-from .case import EPS, TINY, OpCase, Reject, Sample
+from .block_attention import BF16_EXP, block_attention_reference, make_index, make_operands
+from .block_attention import CASES as FORWARD_CASES
+from .block_attention import cost as forward_cost
+from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
 
 _MASKS = ("window", "sinks", "min_distance")
 
@@ -51,7 +53,8 @@ def backward_reference(
     grad_o: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any
 ) -> tuple[Tensor, ...]:
     """Autograd through the dense formula in float64."""
-    with torch.enable_grad():
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("o", "lse")}
+    with torch.inference_mode(False), torch.enable_grad():
         q, k, v = inputs = [x.double().requires_grad_() for x in (q, k, v)]
         o, lse = _train_reference(q, k, v, *rest, **kwargs)
         # Rows without keys: their lse is a constant.
@@ -75,9 +78,11 @@ def _backward_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[T
     ]
     # A weight: d products in its score, whose error is relative to its own size; lse as much.
     steps = 2 * ((d + 8) * abs(scale) * longest[0] * longest[1] + 8)
-    # o was rounded to the dtype of q; grad_p and delta are at most as large as two rows allow.
+    # o was rounded to the dtype of q, as p and ds of bfloat16 may be; grad_p and delta are at most
+    # as large as two rows allow.
     inner = EPS[torch.float32] * (steps + 2 * dv + q.shape[1] + k.shape[1] + 16)
     inner += EPS[q.dtype] if q.dtype != torch.float32 else 0.0
+    inner += EPS[q.dtype] + BF16_EXP if q.dtype == torch.bfloat16 else 0.0
     slope = longest[2] * longest[3] + (float(grad_lse.abs().amax()) if grad_lse.numel() else 0.0)
     group = q.shape[2] // k.shape[2]
     # Sums of p are 1 along keys, and along queries at most as many as there are.
@@ -198,6 +203,33 @@ def _backward_rejects() -> Iterator[Reject]:
     yield Reject("lse", good, {**saved, "lse": lse[:, 1:]}, "lse must have shape [1, 40, 4]")
 
 
+def workload_gradient(params: Mapping[str, Any]) -> Tensor:
+    """Normal grad_o of a workload."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (1, params["keys"], params["h"], params["d"])
+    return torch.randn(shape, generator=generator).to(getattr(torch, params["dtype"]))
+
+
+def _backward_workload(forward: Workload) -> Workload:
+    """Of a workload of block_attention, whose results are given."""
+
+    def make() -> Sample:
+        sample = forward.make()
+        o, lse = block_attention(*sample.args, return_lse=True)
+        grad_o = workload_gradient(forward.params)
+        return Sample(
+            "workload", (grad_o, torch.zeros_like(lse), *sample.args), {"o": o, "lse": lse}
+        )
+
+    return Workload(forward.params, make)
+
+
+def _backward_cost(params: Mapping[str, Any]) -> Cost:
+    # Five products for the forward pass's two; o and grad_o are read, and three gradients written.
+    forward = forward_cost(params)
+    return Cost(2 * forward.bytes, forward.ops * 5 // 2, forward.unit)
+
+
 CASES = (
     OpCase(
         "block_attention_train",
@@ -216,5 +248,11 @@ CASES = (
         raw=_raw_backward,
         samples=lambda: list(_backward_samples()),
         rejects=lambda: list(_backward_rejects()),
+        workloads=tuple(
+            _backward_workload(workload)
+            for workload in FORWARD_CASES[0].workloads
+            if workload.params["keys"] == 4096 and workload.params["pattern"] != "scores"
+        ),
+        cost=_backward_cost,
     ),
 )

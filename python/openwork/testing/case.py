@@ -74,6 +74,7 @@ class OpCase:
         samples: small and nasty calls.
         rejects: calls that must fail.
         workloads: real layer shapes, for the benchmarks.
+        gpu_workloads: those for GPUs; their params say ``device="cuda"``.
         cost: of a workload's params; None where there are no workloads.
     """
 
@@ -85,6 +86,7 @@ class OpCase:
     samples: Callable[[], Sequence[Sample]]
     rejects: Callable[[], Sequence[Reject]]
     workloads: Sequence[Workload] = ()
+    gpu_workloads: Sequence[Workload] = ()
     cost: Callable[[Mapping[str, Any]], Cost] | None = None
 
     def check(self, sample: Sample) -> None:

@@ -221,15 +221,15 @@ def _row_samples() -> Iterator[Sample]:
 
 
 def _raw_linear(sample: Sample) -> tuple[Any, ...]:
-    x, weight = sample.args[:2]
+    x, weight, bias, add = (*sample.args, None, None)[:4]
     compute = {"float": 0, "int8": 1}[sample.kwargs.get("compute", "float")]
     return (
         x,
         weight.packed,
         weight.scales,
         weight.zeros,
-        sample.kwargs.get("bias"),
-        sample.kwargs.get("add"),
+        sample.kwargs.get("bias", bias),
+        sample.kwargs.get("add", add),
         weight.layout_id,
         weight.n,
         weight.k,
@@ -283,6 +283,15 @@ def _linear_workloads() -> Iterator[Workload]:
         yield workload(1, n, k, 4, "int8", "float32")
 
 
+def _gpu_workloads() -> Iterator[Workload]:
+    for bits in (8, 4):
+        for m in (1, 16, 256, 2048):
+            for compute in ("float", "int8"):
+                sizes = {"m": m, "n": 4096, "k": 4096, "bits": bits, "group_size": 128}
+                kinds = {"symmetric": True, "compute": compute, "dtype": "float16"}
+                yield _workload({**sizes, **kinds, "device": "cuda"})
+
+
 def _linear_cost(params: Mapping[str, Any]) -> Cost:
     m, n, k, bits = params["m"], params["n"], params["k"], params["bits"]
     groups = -(-k // params["group_size"])
@@ -292,6 +301,8 @@ def _linear_cost(params: Mapping[str, Any]) -> Cost:
     ops = 2 * m * n * k
     if params["compute"] == "int8":
         return Cost(moved, ops, "int8")
+    if params.get("device") == "cuda":
+        return Cost(moved, ops, "bf16")
     # Few rows of bf16 are encoded (lowbit_gemm_takes_bf16); no workload has so few.
     if params["dtype"] == "bfloat16" and _native.isa() in ("avx512bf16", "avx512amx"):
         return Cost(moved, ops, "bf16")
@@ -354,6 +365,7 @@ CASES = (
         samples=lambda: list(_linear_samples()),
         rejects=lambda: list(_linear_rejects()),
         workloads=tuple(_linear_workloads()),
+        gpu_workloads=tuple(_gpu_workloads()),
         cost=_linear_cost,
     ),
     OpCase(
@@ -361,7 +373,7 @@ CASES = (
         round_trip,
         lambda codes, scales, zeros=None, **_: (codes, scales, zeros),
         lambda sample, expected: tuple(0.0 for _ in expected),
-        raw=lambda s: (*s.args, s.kwargs["bits"], s.kwargs["group_size"]),
+        raw=lambda s: (*(*s.args, None)[:3], s.kwargs["bits"], s.kwargs["group_size"]),
         samples=lambda: list(_pack_samples()),
         rejects=lambda: list(_pack_rejects()),
     ),

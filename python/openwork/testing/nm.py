@@ -330,8 +330,9 @@ def _workload(params: Mapping[str, Any]) -> Workload:
         weight = _master(p["n"], p["k"], p["pattern"], p["vector"], p["dtype"])
         generator = torch.Generator().manual_seed(4)
         x = torch.randn(p["m"], p["k"], generator=generator)
-        x = x.bfloat16() if p["dtype"] == "bfloat16" else x
-        compute = "int8" if p["dtype"] in INTS else "float"
+        on_gpu = p.get("device") == "cuda"
+        x = x.bfloat16() if p["dtype"] == "bfloat16" or on_gpu else x
+        compute = "int8" if p["dtype"] in INTS and not on_gpu else "float"
         return Sample("workload", (x, weight.in_huge_pages()), {"compute": compute})
 
     return Workload(params, make)
@@ -353,6 +354,13 @@ def _linear_workloads() -> Iterator[Workload]:
             yield _workload({**sizes, "pattern": pattern, "vector": vector, "dtype": dtype})
 
 
+def _gpu_workloads() -> Iterator[Workload]:
+    fixed = {"n": 4096, "k": 4096, "pattern": "2:4", "vector": 1, "device": "cuda"}
+    for dtype in ("bfloat16", "int4"):
+        for m in (1, 16, 256, 2048):
+            yield _workload({"m": m, **fixed, "dtype": dtype})
+
+
 def _linear_cost(params: Mapping[str, Any]) -> Cost:
     m, n, k, dtype = params["m"], params["n"], params["k"], params["dtype"]
     kept, block = map(int, params["pattern"].split(":"))
@@ -360,9 +368,10 @@ def _linear_cost(params: Mapping[str, Any]) -> Cost:
     index = stored * (block.bit_length() - 1) // params["vector"]
     # Scales of 16 bits for 128 columns.
     scales = n * k // 128 * 16 if dtype in INTS else 0
-    size = 2 if dtype == "bfloat16" else 4
+    halves = dtype == "bfloat16" or params.get("device") == "cuda"
+    size = 2 if halves else 4
     moved = (stored * BITS[dtype] + index + scales) // 8 + m * (n + k) * size
-    unit: Unit = "int8" if dtype in INTS else "bf16" if dtype == "bfloat16" else "fp32"
+    unit: Unit = "bf16" if halves else "int8" if dtype in INTS else "fp32"
     return Cost(moved, 2 * m * stored, unit)
 
 
@@ -376,6 +385,7 @@ CASES = (
         samples=lambda: list(_linear_samples()),
         rejects=lambda: list(_linear_rejects()),
         workloads=tuple(_linear_workloads()),
+        gpu_workloads=tuple(_gpu_workloads()),
         cost=_linear_cost,
     ),
     OpCase(

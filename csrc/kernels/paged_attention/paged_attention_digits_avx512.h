@@ -1,0 +1,293 @@
+// Rows of floats times scales as digits, and what products of digits and codes add up to.
+#pragma once
+
+#include "kernels/paged_attention/paged_attention_body.h"
+
+namespace ow::OW_TARGET {
+namespace {
+
+// Bytes of the depth of a product.
+constexpr int64_t kStep = 64;
+constexpr int64_t kMaxDepth = 256;
+static_assert(kMaxDepth >= kMaxPagedD && kMaxDepth >= kChunkTokens);
+
+// Rows of digits as tiles, largest digit first, and what belongs to a row.
+template <int kDigits>
+struct DigitRows {
+  // The largest whole number of balanced digits, 127 in each; of three, less what a product of
+  // fp32 may round up.
+  static constexpr int32_t kLargest = kDigits == 2 ? 127 * 257 : 127 * 65793 - 2;
+
+  alignas(64) uint8_t digits[kDigits * kMaxRows][kMaxDepth];
+  float scale[kMaxRows];
+  float bias[kMaxRows];
+
+  const void* tile(int64_t t, int64_t depth) const { return digits[t * 16] + depth; }
+};
+
+// Selects byte `first` of each lane of two vectors, and then byte `second`.
+OW_INLINE __m512i every_fourth_byte(int first, int second) {
+  const __m512i lanes = _mm512_cvtepu8_epi16(_mm256_set_epi8(31, 30, 29, 28, 27, 26, 25, 24, 23, 22,
+                                                             21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
+                                                             11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_slli_epi16(lanes, 2));
+  const __m256i one = _mm256_add_epi8(bytes, _mm256_set1_epi8(char(first)));
+  const __m256i two = _mm256_add_epi8(bytes, _mm256_set1_epi8(char(second)));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
+}
+
+// Two vectors' highest digits and their next ones as vectors of both.
+OW_INLINE void join_digits(__m512i first, __m512i second, __m512i sign, uint8_t* high,
+                           uint8_t* low) {
+  const __m512i highs = _mm512_shuffle_i64x2(first, second, 0x44);
+  const __m512i lows = _mm512_shuffle_i64x2(first, second, 0xee);
+  _mm512_store_si512(high, _mm512_xor_si512(highs, sign));
+  _mm512_store_si512(low, _mm512_xor_si512(lows, sign));
+}
+
+// Bytes of v + 0x80..80, less 0x80 each, are the balanced digits of v. To make two, v is added to
+// this: they are in the low bits of the sum.
+constexpr float kWholeDigits = 12582912.0f + 0x8080;
+
+// Two digits of four vectors of sums of v and kWholeDigits, the second kMaxDepth bytes after the
+// first. Gives their sums, as bits.
+OW_INLINE VecI put_two_digits(const VecF* whole, uint8_t* digits) {
+  const __m512i sign = _mm512_set1_epi8(char(0x80));
+  const __m512i bytes = every_fourth_byte(1, 0);
+  const VecI v[4] = {as_int(whole[0]), as_int(whole[1]), as_int(whole[2]), as_int(whole[3])};
+  join_digits(_mm512_permutex2var_epi8(v[0].v, bytes, v[1].v),
+              _mm512_permutex2var_epi8(v[2].v, bytes, v[3].v), sign, digits, digits + kMaxDepth);
+  return add(add(v[0], v[1]), add(v[2], v[3]));
+}
+// What is more in the sums of n numbers, by lanes.
+OW_INLINE VecI whole_digits(int64_t n) {
+  const uint32_t one = __builtin_bit_cast(uint32_t, kWholeDigits);
+  return set1(int32_t(uint32_t(n / kLanes) * one));
+}
+
+// Three digits of round(x[i] * inverse_scale), i < n.
+OW_INLINE void put_three_digits(const float* x, int64_t n, VecF inverse_scale,
+                                uint8_t (*digits)[kMaxDepth]) {
+  const __m512i sign = _mm512_set1_epi8(char(0x80));
+  const __m512i high = every_fourth_byte(2, 1);
+  const __m512i low = every_fourth_byte(0, 3);
+  for (int64_t j = 0; j < n; j += kStep) {
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const VecI whole = to_int(mul(load(x + j + k * kLanes), inverse_scale));
+      v[k] = add(whole, set1(int32_t{0x808080})).v;
+    }
+    join_digits(_mm512_permutex2var_epi8(v[0], high, v[1]),
+                _mm512_permutex2var_epi8(v[2], high, v[3]), sign, digits[0] + j, digits[1] + j);
+    const __m512i lows = _mm512_shuffle_i64x2(_mm512_permutex2var_epi8(v[0], low, v[1]),
+                                              _mm512_permutex2var_epi8(v[2], low, v[3]), 0x44);
+    _mm512_store_si512(digits[2] + j, _mm512_xor_si512(lows, sign));
+  }
+}
+
+// Scales and mins of a depth, in runs of `length`.
+struct ScaleRuns {
+  const KVSide& side;
+  int64_t length;
+  int64_t runs = 0;
+  int64_t from[kChunkPanels] = {};
+
+  int64_t depth() const { return runs * length; }
+
+  // Calls body(depth of the first, load, scales, mins) vector by vector; load reads as many floats.
+  template <class T, class Body>
+  void for_each(const T*, const Body& body) const {
+    const auto all = [](const float* p) __attribute__((always_inline)) { return load(p); };
+    for (int64_t i = 0; i < runs; ++i) {
+      const T* scales = static_cast<const T*>(side.scales) + from[i];
+      const T* mins = static_cast<const T*>(side.mins) + from[i];
+      int64_t j = 0;
+      for (; j + kLanes <= length; j += kLanes) {
+        body(i * length + j, all, load(scales + j), load(mins + j));
+      }
+      const int64_t rest = length - j;
+      const auto some = [rest](const float* p)
+                            __attribute__((always_inline)) { return load_n(p, rest); };
+      if (rest > 0) body(i * length + j, some, load_n(scales + j, rest), load_n(mins + j, rest));
+    }
+  }
+};
+
+// Four rows' vectors are joined together, to lanes 4 r .. 4 r + 3 of row r: a quarter of the steps
+// that wait for each other.
+template <class Join>
+OW_INLINE VecF across_lanes(const VecF (&rows)[4], const Join& join) {
+  VecF halves[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = rows[2 * i].v;
+    const __m512 b = rows[2 * i + 1].v;
+    halves[i] = join({_mm512_shuffle_f32x4(a, b, 0x44)}, {_mm512_shuffle_f32x4(a, b, 0xee)});
+  }
+  const VecF fours = join({_mm512_shuffle_f32x4(halves[0].v, halves[1].v, 0x88)},
+                          {_mm512_shuffle_f32x4(halves[0].v, halves[1].v, 0xdd)});
+  const VecF twos = join(fours, {_mm512_permute_ps(fours.v, 0xb1)});
+  return join(twos, {_mm512_permute_ps(twos.v, 0x4e)});
+}
+OW_INLINE VecF sums_across(const VecF (&rows)[4]) {
+  return across_lanes(rows, [](VecF a, VecF b) { return add(a, b); });
+}
+OW_INLINE VecF largest_across(const VecF (&rows)[4]) {
+  return across_lanes(rows, [](VecF a, VecF b) { return max_(a, b); });
+}
+OW_INLINE VecI sums_across(const VecI (&rows)[4]) {
+  const VecF bits[4] = {as_float(rows[0]), as_float(rows[1]), as_float(rows[2]), as_float(rows[3])};
+  return as_int(
+      across_lanes(bits, [](VecF a, VecF b) { return as_float(add(as_int(a), as_int(b))); }));
+}
+OW_INLINE VecI largest_across(const VecI (&rows)[4]) {
+  const VecF bits[4] = {as_float(rows[0]), as_float(rows[1]), as_float(rows[2]), as_float(rows[3])};
+  return as_int(
+      across_lanes(bits, [](VecF a, VecF b) { return as_float(max_(as_int(a), as_int(b))); }));
+}
+// What is in the lanes of row r, in all lanes.
+OW_INLINE VecF row_of(VecF rows, int r) {
+  return {_mm512_permutexvar_ps(_mm512_set1_epi32(4 * r), rows.v)};
+}
+// One lane of each row.
+OW_INLINE void store_rows(float* to, VecF rows) {
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, rows.v)));
+}
+
+// What a digit stands for, and 1 over it, where the largest |x| are `most`, as bits. Numbers that
+// are too small count as 0; NaN takes the place of what digits of numbers that are not finite give.
+struct Steps {
+  VecF scale, inverse;
+};
+template <int kDigits>
+OW_INLINE Steps steps_of(VecI most) {
+  constexpr float kLargest = DigitRows<kDigits>::kLargest;
+  const __mmask16 some = _mm512_cmpge_epi32_mask(most.v, _mm512_set1_epi32((127 - 100) << 23));
+  const __mmask16 not_finite = _mm512_cmpge_epi32_mask(most.v, _mm512_set1_epi32(0x7f800000));
+  const __m512 x = as_float(most).v;
+  const __m512 scale = _mm512_maskz_mul_ps(some, x, set1(1 / kLargest).v);
+  return {{_mm512_mask_blend_ps(not_finite, scale, set1(bits_to_float(0x7fc00000)).v)},
+          {_mm512_maskz_div_ps(some, set1(kLargest).v, x)}};
+}
+
+// x[r][i] = a[r][i] * scales[i] in digits, zero up to a multiple of kStep, of kCount rows from row
+// `first`, a multiple of 4, on; bias is sum_i a[r][i] * mins[i], with `middle` codes in the mins
+// and out of the product. Scale and bias are times `factor`.
+template <int kDigits, int kCount, class T>
+OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, const T* type,
+                          float middle, float factor, int64_t first, DigitRows<kDigits>* out) {
+  alignas(64) float x[kCount][kMaxDepth];
+  const int64_t padded = round_up(runs.depth(), kStep);
+  VecI largest[4], sums[4];
+  VecF bias[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    largest[r] = sums[r] = set1(int32_t{0});
+    bias[r] = set1(0.0f);
+  }
+  const auto multiply = [&](int64_t i, const auto& load_at, VecF scale, VecF min)
+                            __attribute__((always_inline)) {
+                              min = fma(scale, set1(middle), min);
+#pragma GCC unroll 4
+                              for (int r = 0; r < kCount; ++r) {
+                                const VecF element = load_at(a[first + r] + i);
+                                const VecF product = mul(element, scale);
+                                bias[r] = fma(element, min, bias[r]);
+                                largest[r] = max_(largest[r], abs_bits(product));
+                                store(x[r] + i, product);
+                              }
+                            };
+  runs.for_each(type, multiply);
+  for (int64_t i = round_up(runs.depth(), kLanes); i < padded; i += kLanes) {
+    for (int r = 0; r < kCount; ++r) store(x[r] + i, set1(0.0f));
+  }
+  const Steps steps = steps_of<kDigits>(largest_across(largest));
+#pragma GCC unroll 4
+  for (int r = 0; r < kCount; ++r) {
+    auto* digits = out->digits + kDigits * (first + r);
+    const VecF inverse = row_of(steps.inverse, r);
+    if constexpr (kDigits == 2) {
+      for (int64_t i = 0; i < padded; i += kStep) {
+        VecF whole[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          whole[j] = fma(load(x[r] + i + j * kLanes), inverse, set1(kWholeDigits));
+        }
+        sums[r] = add(sums[r], put_two_digits(whole, digits[0] + i));
+      }
+      sums[r] = sub(sums[r], whole_digits(padded));
+    } else {
+      put_three_digits(x[r], padded, inverse, digits);
+    }
+  }
+  VecF total = sums_across(bias);
+  if constexpr (kDigits == 2) {
+    total = fma(mul(to_float(sums_across(sums)), steps.scale), set1(-middle), total);
+  }
+  store_rows(out->scale + first, mul(steps.scale, set1(factor)));
+  store_rows(out->bias + first, mul(total, set1(factor)));
+}
+
+// The product of a row's digits, `sums` from the first on, scaled, and the row's bias.
+template <int kDigits>
+OW_INLINE VecF total_of(const DigitRows<kDigits>& x, int64_t r, const __m512i* sums) {
+  VecF sum;
+  if constexpr (kDigits == 2) {
+    sum = to_float(add(shift_left(VecI{sums[0]}, 8), VecI{sums[1]}));
+  } else {
+    sum = fma(to_float(VecI{sums[1]}), set1(256.0f), to_float(VecI{sums[2]}));
+    sum = fma(to_float(VecI{sums[0]}), set1(65536.0f), sum);
+  }
+  return fma(sum, set1(x.scale[r]), set1(x.bias[r]));
+}
+
+// The code that digits meet the distance from.
+template <int kDigits>
+OW_INLINE float middle_code(const KVSide& side) {
+  return kDigits == 2 ? float((1 << side.bits) - 1) / 2 : 0.0f;
+}
+
+template <int kDigits>
+OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, FloatType type,
+                          float factor, int64_t rows, DigitRows<kDigits>* x) {
+  const float middle = middle_code<kDigits>(runs.side);
+  const auto split = [&](const auto* elements) {
+    for_each_row_block(rows, [&](int64_t first, auto count) __attribute__((always_inline)) {
+      split_rows<kDigits, decltype(count)::kRows>(a, runs, elements, middle, factor, first, x);
+    });
+  };
+  if constexpr (kDigits == 2) return split(static_cast<const bf16*>(nullptr));
+  if (type == FloatType::f32) return split(static_cast<const float*>(nullptr));
+  split(static_cast<const f16*>(nullptr));
+}
+
+// Scales of the keys of panel i in the queries, once for each group of tokens.
+template <int kDigits>
+OW_INLINE void split_queries(const Rows& rows, const Chunk& chunk, int64_t i,
+                             DigitRows<kDigits>* x) {
+  const PagedAttentionArgs& a = rows.a;
+  const KVSide& side = a.kv.keys;
+  if (i > 0 && chunk.panel[i].in_page % side.group_size != 0) return;
+  ScaleRuns runs{side, side.d, 0, {}};
+  runs.from[runs.runs++] = scale_at(a, side, chunk.panel[i], 0);
+  split_rows(rows.q, runs, a.kv.type, a.scale, rows.count, x);
+}
+
+// Scales of the values in the weights, once for each group of channels.
+template <int kDigits>
+OW_INLINE void split_weights(const Rows& rows, const Chunk& chunk, int64_t channel,
+                             DigitRows<kDigits>* x) {
+  const PagedAttentionArgs& a = rows.a;
+  const KVSide& side = a.kv.values;
+  if (channel % side.group_size != 0) return;
+  ScaleRuns runs{side, kPanelTokens, 0, {}};
+  for (int64_t i = 0; i < chunk.panels; ++i) {
+    runs.from[runs.runs++] = scale_at(a, side, chunk.panel[i], channel);
+  }
+  split_rows(rows.scores, runs, a.kv.type, 1.0f, rows.count, x);
+}
+
+}  // namespace
+}  // namespace ow::OW_TARGET
