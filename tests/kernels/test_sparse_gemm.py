@@ -14,8 +14,8 @@ FAMILY = "sparse_gemm"
 
 # Around the pieces of the expanding kernel, and the widths of panels of tokens.
 ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
-# Around a panel, and a mask.
-OUTPUTS = (1, 15, 16, 17, 33)
+# Around a panel, the eight panels whose masks are sorted together, and a mask.
+OUTPUTS = (1, 15, 16, 17, 33, 129, 145)
 DEPTHS = (1, 15, 16, 17, 63, 64, 65, 129, 600)
 DTYPES = ("float32", "bfloat16", "int8")
 

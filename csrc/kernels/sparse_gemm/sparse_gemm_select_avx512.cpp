@@ -45,6 +45,10 @@ __attribute__((noinline)) __m512 add_rest(__m512i columns, uint32_t count, const
   return sum;
 }
 
+// The hardware alone fetches too late: so many values and blocks of masks ahead.
+constexpr int64_t kValuesAhead = 1024;
+constexpr int64_t kBlocksAhead = 16;
+
 template <class T>
 void select_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
   const __m512i all_columns = _mm512_set_epi8(
@@ -63,8 +67,11 @@ void select_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
     const int64_t block = panel * a.w.k_blocks + b;
     const uint64_t* masks = a.w.masks + block * kSparsePanel;
     const T* value = static_cast<const T*>(a.values) + a.w.offsets[block];
+    __builtin_prefetch(masks + kBlocksAhead * kSparsePanel);
+    __builtin_prefetch(masks + kBlocksAhead * kSparsePanel + 8);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kSparsePanel; ++r) {
+      if (r % 2 == 0) __builtin_prefetch(value + kValuesAhead);
       uint64_t mask = masks[r];
       asm("" : "+r"(mask));  // gcc would count the bits of the mask register, a slow way round
       const uint32_t count = uint32_t(__builtin_popcountll(mask));
