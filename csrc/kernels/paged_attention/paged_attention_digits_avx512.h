@@ -174,7 +174,8 @@ OW_INLINE Steps steps_of(VecI most) {
 
 // x[r][i] = a[r][i] * scales[i] in digits, zero up to a multiple of kStep, of kCount rows from row
 // `first`, a multiple of 4, on; bias is sum_i a[r][i] * mins[i], with `middle` codes in the mins
-// and out of the product. Scale and bias are times `factor`.
+// and out of the product. Scale and bias are times `factor`. (One pass over x, with scales from
+// bounds of the products, took as long: finding the bounds costs what the second pass does.)
 template <int kDigits, int kCount, class T>
 OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, const T* type,
                           float middle, float factor, int64_t first, DigitRows<kDigits>* out) {
@@ -187,19 +188,18 @@ OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, co
     largest[r] = sums[r] = set1(int32_t{0});
     bias[r] = set1(0.0f);
   }
-  const auto multiply = [&](int64_t i, const auto& load_at, VecF scale, VecF min)
-                            __attribute__((always_inline)) {
-                              min = fma(scale, set1(middle), min);
+  const auto fold = [&](int64_t i, auto load_at, VecF s, VecF min) __attribute__((always_inline)) {
+    min = fma(s, set1(middle), min);
 #pragma GCC unroll 4
-                              for (int r = 0; r < kCount; ++r) {
-                                const VecF element = load_at(a[first + r] + i);
-                                const VecF product = mul(element, scale);
-                                bias[r] = fma(element, min, bias[r]);
-                                largest[r] = max_(largest[r], abs_bits(product));
-                                store(x[r] + i, product);
-                              }
-                            };
-  runs.for_each(type, multiply);
+    for (int r = 0; r < kCount; ++r) {
+      const VecF element = load_at(a[first + r] + i);
+      const VecF product = mul(element, s);
+      bias[r] = fma(element, min, bias[r]);
+      largest[r] = max_(largest[r], abs_bits(product));
+      store(x[r] + i, product);
+    }
+  };
+  runs.for_each(type, fold);
   for (int64_t i = round_up(runs.depth(), kLanes); i < padded; i += kLanes) {
     for (int r = 0; r < kCount; ++r) store(x[r] + i, set1(0.0f));
   }
