@@ -244,7 +244,7 @@ void score_units(const LineScoresArgs& a, float* scratch, int64_t begin, int64_t
   for (int64_t unit = begin; unit < end; ++unit) score_unit<T, Product>(a, scratch, unit);
 }
 
-void score_any(const LineScoresArgs& a, float* scratch, int64_t begin, int64_t end) {
+OW_INLINE void score_any(const LineScoresArgs& a, float* scratch, int64_t begin, int64_t end) {
   switch (a.type) {
     case FloatType::f32: return score_units<float, FloatProduct<float>>(a, scratch, begin, end);
     case FloatType::bf16: return score_units<bf16, FloatProduct<bf16>>(a, scratch, begin, end);
