@@ -6,8 +6,8 @@ import warnings
 from functools import partial
 
 import torch
-from torch.nn.functional import linear
 
+from bench.competitors.torch_dense import products
 from bench.problem import Competitor, Prepared, Variant
 from bench.sparse_problem import NmProblem
 
@@ -21,19 +21,7 @@ def _prepare(problem: NmProblem, dtype: torch.dtype) -> Prepared:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
         weights = [torch.sparse.to_sparse_semi_structured(dense) for _ in range(groups * calls)]
-    result: list[torch.Tensor] = [torch.empty(0)]
-
-    def run(group: int) -> None:
-        for index in range(group * calls, (group + 1) * calls):
-            result[0] = linear(x, weights[index])
-
-    return Prepared(
-        run=run,
-        groups=groups,
-        calls=calls,
-        weight_bytes=weight_bytes,
-        output=lambda: result[0].float().cpu().numpy(),
-    )
+    return products(x, weights, weight_bytes, calls)
 
 
 def _variants(problem: NmProblem) -> list[Variant]:
