@@ -16,16 +16,30 @@ FORMATS = [
     (bits, axis, size) for bits in (8, 4, 3, 2) for axis, size in (("channel", 32), ("token", 64))
 ]
 PAGE = 64
+# Half a step of the digits that bf16 numbers become, where the largest is 1.
+HALF_STEP = {16: 0.0, 8: 0.5 / 32639, 4: 8 / 30464, 3: 0.5 / 32639, 2: 32 / 24320}
+
+
+def _digit_error(x, axis: str, products: str, bits: int, dtype: str, largest: float) -> float:
+    """Of sums of x times codes of numbers up to ``largest``, each up to half its group's range from
+    the code in the middle; those that are not 0 may share digits with 16 of their neighbours."""
+    if dtype != "bfloat16" or axis != products:
+        return 0.0
+    runs = np.pad(abs(x), ((0, 0), (0, -x.shape[1] % 16))).reshape(len(x), -1, 16)
+    count = 16 * (runs.max(2) > 0).sum(1).max()
+    return count * HALF_STEP[bits] * abs(x).max() * 1.01 * largest
 
 
 def _check(
     entry: Entry, rng, tokens, key_format, value_format, *, dtype="float32", d=64, dv=64,
-    queries=2, group=3, selected=(),
+    queries=2, group=3, selected=(), channels=slice(None),
 ) -> None:  # fmt: skip
+    """``channels``: of q that are not 0."""
     q, keys, values = (
-        floats.store(rng.standard_normal(shape), dtype)
-        for shape in ((queries, group, d), (tokens, d), (tokens, dv))
+        rng.standard_normal(shape) for shape in ((queries, group, d), (tokens, d), (tokens, dv))
     )
+    q[..., np.delete(np.arange(d), channels)] = 0
+    q, keys, values = (floats.store(x, dtype) for x in (q, keys, values))
     scale = d**-0.5
     y, lse, k, v = _kernels.paged_attention(
         entry.name, q, keys, values, key_format, value_format, scale, list(selected)
@@ -50,7 +64,11 @@ def _check(
     # as large as the largest. Sums of d and of `tokens` such pairs, and 8 steps beside them.
     size = scale * abs(q).sum(-1).max() * 3 * abs(k).max()
     score = 2.0**-24 * (2 * d + 8) * size
+    score += scale * _digit_error(
+        q.reshape(-1, d), key_format[1], "channel", key_format[0], dtype, abs(k).max()
+    )
     error = 2 * score * reach + 2.0**-24 * (2 * tokens + 16) * 3 * abs(v).max()
+    error += _digit_error(weights, value_format[1], "token", value_format[0], dtype, abs(v).max())
     y = y.reshape(want.shape)
     assert (abs(y - want) <= floats.rounding(want, error, dtype)).all()
     lse = lse.reshape(-1)
@@ -80,3 +98,10 @@ def test_codes_of_values(entry: Entry, rng, values) -> None:
 def test_selected_pages(entry: Entry, rng, keys) -> None:
     _check(entry, rng, 500, keys, DENSE, selected=[0, 3, 4])
     _check(entry, rng, 500, keys, FORMATS[3], selected=[1])
+
+
+@pytest.mark.parametrize("keys", FORMATS[::2], ids=str)
+def test_few_channels_of_queries(entry: Entry, rng, keys) -> None:
+    """Bounds of digits that grow with the number of channels say little about each."""
+    for channel in (0, 6, 11, 13, 63):
+        _check(entry, rng, 300, keys, DENSE, dtype="bfloat16", group=1, channels=[channel])

@@ -5,10 +5,12 @@
 //
 // What is in brackets, x, is rounded to base-256 digits on a scale of its row, as in
 // kernels/quantize. Three digits where the type is fp32 or fp16: half a step is 1.004 * 2^-24 of
-// the row's largest x, what fp32 itself would lose. Two for bf16: half a step is 1.004 * 2^-16 of
-// the largest, so that what 128 of them may add up to is what rounding the largest to bf16 has
-// lost. Half of that remains, as digits meet a code's distance from the code in the middle, and the
-// min, moved there, takes x as it is.
+// the row's largest x, what fp32 itself would lose. For bf16, two: over codes of 8 and 3 bits half
+// a step is 1.004 * 2^-16 of the largest, so that what 128 of them may add up to is what rounding
+// the largest to bf16 has lost; over codes of 4 and 2 bits two digits of which codes share one
+// (paged_attention_two_digits_avx512.h), 1.08 * 2^-12 and 1.35 * 2^-10. Half of that remains, as
+// digits meet a code's distance from the code in the middle, and the min, moved there, takes x as
+// it is.
 //
 // Sums of digits and codes are exact in int32: |digit| * code <= 128 * 255, times up to 256; and so
 // are those of two digits joined: 32639 * 255 * 256 < 2^31.
@@ -31,9 +33,51 @@ struct Number {
 template <int kDigits, int kCount>
 constexpr int kHalvesAtOnce = kDigits * kCount <= 8 ? 2 : 1;
 
-// Products of kCount rows from row `first` on and panels of `units` units of 16 k, one after the
-// other; put(half, row, total) takes the sums of 16 columns. The dword of a row that meets the
+// sums[half][digit row] += digits times the codes of one unit. The dword of a row that meets the
 // codes is the memory operand of a product, or of its load for two.
+template <int kBits, int kDigits, int kHalves, int kRows>
+OW_INLINE void add_unit(const uint8_t* codes, int64_t unit, const uint8_t* digits,
+                        const uint8_t* shared, __m512i (&sums)[kHalves][kRows]) {
+  constexpr int kShared = kSharing<kBits, kDigits>;
+  const int64_t half_bytes = kv_block_bytes(kBits) / 2;
+  const auto add_products = [&](int first, const uint8_t* dwords,
+                                const __m512i(&operand)[kHalves]) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int r = first; r < kRows; r += kShared == 1 ? 1 : 2) {
+      int32_t four;
+      memcpy(&four, dwords + r * kMaxDepth, 4);
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        sums[h][r] = _mm512_dpbusd_epi32(sums[h][r], operand[h], _mm512_set1_epi32(four));
+      }
+    }
+  };
+  __m512i fours[4][kHalves];
+#pragma GCC unroll 2
+  for (int h = 0; h < kHalves; ++h) {
+    __m512i half[4];
+    unpack_unit<kBits>(codes + h * half_bytes, unit, half);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) fours[j][h] = half[j];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    add_products(0, digits + 4 * j, fours[j]);
+    if constexpr (kShared > 1) {
+      if (j % kShared != kShared - 1) continue;
+      const int line = j / kShared;
+      __m512i bytes[kHalves];
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        bytes[h] = load_line(codes + h * half_bytes + unit * kv_block_bytes(kBits) + line * 64);
+      }
+      add_products(1, shared + 4 * line - kMaxDepth, bytes);
+    }
+  }
+}
+
+// Products of kCount rows from row `first` on and panels of `units` units of 16 k, one after the
+// other; put(half, row, total) takes the sums of 16 columns.
 template <int kBits, int kDigits, int kCount, class Units, class Fetch, class Put>
 OW_INLINE void multiply_panels(const DigitRows<kDigits>& x, int64_t first,
                                const uint8_t* const* panels, int64_t count, int64_t offset,
@@ -50,26 +94,14 @@ OW_INLINE void multiply_panels(const DigitRows<kDigits>& x, int64_t first,
       for (int i = 0; i < kRows; ++i) sums[h][i] = _mm512_setzero_si512();
     }
     const uint8_t* digits = x.digits[kDigits * first];
+    const uint8_t* shared = digits + kMaxDepth;
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t* codes = panels[i] + offset + half * half_bytes;
-      for (int64_t unit = 0; unit < units; ++unit, digits += 16) {
+      for (int64_t unit = 0; unit < units; ++unit) {
         fetch(half);
-        __m512i fours[kHalves][4];
-#pragma GCC unroll 2
-        for (int h = 0; h < kHalves; ++h)
-          unpack_unit<kBits>(codes + h * half_bytes, unit, fours[h]);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 12
-          for (int r = 0; r < kRows; ++r) {
-            int32_t four;
-            memcpy(&four, digits + r * kMaxDepth + 4 * j, 4);
-#pragma GCC unroll 2
-            for (int h = 0; h < kHalves; ++h) {
-              sums[h][r] = _mm512_dpbusd_epi32(sums[h][r], fours[h][j], _mm512_set1_epi32(four));
-            }
-          }
-        }
+        add_unit<kBits, kDigits>(codes, unit, digits, shared, sums);
+        digits += 16;
+        shared += 16 / kSharing<kBits, kDigits>;
       }
     }
 #pragma GCC unroll 4
@@ -123,7 +155,7 @@ class CodeRows {
     const PagedAttentionArgs& a = rows->a;
     const int64_t units = key_units(a.kv.keys);
     for (int64_t i = 0; i < chunk.panels; ++i) {
-      split_queries(*rows, chunk, i, &x_);
+      split_queries<kSharing<kBits, kDigits>>(*rows, chunk, i, &x_);
       const uint8_t* panel = key_panel(a, chunk.panel[i]);
       for_each_row_block(rows->count, [&](int64_t first, auto count) {
         constexpr int kCount = decltype(count)::kRows;
@@ -144,7 +176,7 @@ class CodeRows {
     for (int64_t i = 0; i < chunk.panels; ++i) panels[i] = value_panel(a, chunk.panel[i], 0);
     const int64_t panel_bytes = kv_panel_bytes(kBits, a.kv.page_size);
     for (int64_t c = 0; c < a.kv.values.d; c += kKVPanel) {
-      split_weights(*rows, chunk, c, &x_);
+      split_weights<kSharing<kBits, kDigits>>(*rows, chunk, c, &x_);
       for_each_row_block(rows->count, [&](int64_t first, auto count) {
         constexpr int kCount = decltype(count)::kRows;
         float* sums = states + first * state_size(a) + c;

@@ -110,7 +110,7 @@ class CodeTiles {
     const PagedAttentionArgs& a = rows->a;
     const KVSide& side = a.kv.keys;
     for (int64_t i = 0; i < chunk.panels;) {
-      split_queries(*rows, chunk, i, &x_);
+      split_queries<1>(*rows, chunk, i, &x_);
       // The next panel, if it has the same scales.
       const int64_t next = chunk.panel[i].in_page + kPanelTokens;
       const bool two = i + 1 < chunk.panels && next % side.group_size != 0;
@@ -127,7 +127,7 @@ class CodeTiles {
     const PagedAttentionArgs& a = rows->a;
     const KVSide& side = a.kv.values;
     for (int64_t c = 0; c < side.d;) {
-      split_weights(*rows, chunk, c, &x_);
+      split_weights<1>(*rows, chunk, c, &x_);
       const int64_t next = c + kKVPanel;
       const bool two = next < side.d && next % side.group_size != 0;
       for (int64_t j = 0; j <= two; ++j) {

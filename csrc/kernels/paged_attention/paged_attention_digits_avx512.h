@@ -2,22 +2,17 @@
 #pragma once
 
 #include "kernels/paged_attention/paged_attention_body.h"
+#include "kernels/paged_attention/paged_attention_two_digits_avx512.h"
 
 namespace ow::OW_TARGET {
 namespace {
 
-// Bytes of the depth of a product.
-constexpr int64_t kStep = 64;
 constexpr int64_t kMaxDepth = 256;
 static_assert(kMaxDepth >= kMaxPagedD && kMaxDepth >= kChunkTokens);
 
 // Rows of digits as tiles, largest digit first, and what belongs to a row.
 template <int kDigits>
 struct DigitRows {
-  // The largest whole number of balanced digits, 127 in each; of three, less what a product of
-  // fp32 may round up.
-  static constexpr int32_t kLargest = kDigits == 2 ? 127 * 257 : 127 * 65793 - 2;
-
   alignas(64) uint8_t digits[kDigits * kMaxRows][kMaxDepth];
   float scale[kMaxRows];
   float bias[kMaxRows];
@@ -25,45 +20,12 @@ struct DigitRows {
   const void* tile(int64_t t, int64_t depth) const { return digits[t * 16] + depth; }
 };
 
-// Selects byte `first` of each lane of two vectors, and then byte `second`.
-OW_INLINE __m512i every_fourth_byte(int first, int second) {
-  const __m512i lanes = _mm512_cvtepu8_epi16(_mm256_set_epi8(31, 30, 29, 28, 27, 26, 25, 24, 23, 22,
-                                                             21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
-                                                             11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_slli_epi16(lanes, 2));
-  const __m256i one = _mm256_add_epi8(bytes, _mm256_set1_epi8(char(first)));
-  const __m256i two = _mm256_add_epi8(bytes, _mm256_set1_epi8(char(second)));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
-}
-
-// Two vectors' highest digits and their next ones as vectors of both.
-OW_INLINE void join_digits(__m512i first, __m512i second, __m512i sign, uint8_t* high,
-                           uint8_t* low) {
-  const __m512i highs = _mm512_shuffle_i64x2(first, second, 0x44);
-  const __m512i lows = _mm512_shuffle_i64x2(first, second, 0xee);
-  _mm512_store_si512(high, _mm512_xor_si512(highs, sign));
-  _mm512_store_si512(low, _mm512_xor_si512(lows, sign));
-}
-
-// Bytes of v + 0x80..80, less 0x80 each, are the balanced digits of v. To make two, v is added to
-// this: they are in the low bits of the sum.
-constexpr float kWholeDigits = 12582912.0f + 0x8080;
-
-// Two digits of four vectors of sums of v and kWholeDigits, the second kMaxDepth bytes after the
-// first. Gives their sums, as bits.
-OW_INLINE VecI put_two_digits(const VecF* whole, uint8_t* digits) {
-  const __m512i sign = _mm512_set1_epi8(char(0x80));
-  const __m512i bytes = every_fourth_byte(1, 0);
-  const VecI v[4] = {as_int(whole[0]), as_int(whole[1]), as_int(whole[2]), as_int(whole[3])};
-  join_digits(_mm512_permutex2var_epi8(v[0].v, bytes, v[1].v),
-              _mm512_permutex2var_epi8(v[2].v, bytes, v[3].v), sign, digits, digits + kMaxDepth);
-  return add(add(v[0], v[1]), add(v[2], v[3]));
-}
-// What is more in the sums of n numbers, by lanes.
-OW_INLINE VecI whole_digits(int64_t n) {
-  const uint32_t one = __builtin_bit_cast(uint32_t, kWholeDigits);
-  return set1(int32_t(uint32_t(n / kLanes) * one));
-}
+// The largest whole number of balanced digits, 127 in each; of three, less what a product of fp32
+// may round up; of two, less what a shared one may take from the first.
+template <int kDigits, int kShared>
+constexpr int32_t kLargest = kDigits == 3   ? 127 * 65793 - 2
+                             : kShared == 1 ? 127 * 257
+                                            : 256 * (127 - (128 >> 8 / kShared));
 
 // Three digits of round(x[i] * inverse_scale), i < n.
 OW_INLINE void put_three_digits(const float* x, int64_t n, VecF inverse_scale,
@@ -161,26 +123,26 @@ OW_INLINE void store_rows(float* to, VecF rows) {
 struct Steps {
   VecF scale, inverse;
 };
-template <int kDigits>
+template <int kDigits, int kShared>
 OW_INLINE Steps steps_of(VecI most) {
-  constexpr float kLargest = DigitRows<kDigits>::kLargest;
+  constexpr float kMost = kLargest<kDigits, kShared>;
   const __mmask16 some = _mm512_cmpge_epi32_mask(most.v, _mm512_set1_epi32((127 - 100) << 23));
   const __mmask16 not_finite = _mm512_cmpge_epi32_mask(most.v, _mm512_set1_epi32(0x7f800000));
   const __m512 x = as_float(most).v;
-  const __m512 scale = _mm512_maskz_mul_ps(some, x, set1(1 / kLargest).v);
+  const __m512 scale = _mm512_maskz_mul_ps(some, x, set1(1 / kMost).v);
   return {{_mm512_mask_blend_ps(not_finite, scale, set1(bits_to_float(0x7fc00000)).v)},
-          {_mm512_maskz_div_ps(some, set1(kLargest).v, x)}};
+          {_mm512_maskz_div_ps(some, set1(kMost).v, x)}};
 }
 
-// x[r][i] = a[r][i] * scales[i] in digits, zero up to a multiple of kStep, of kCount rows from row
+// x[r][i] = a[r][i] * scales[i] in digits, zero up to a whole block, of kCount rows from row
 // `first`, a multiple of 4, on; bias is sum_i a[r][i] * mins[i], with `middle` codes in the mins
 // and out of the product. Scale and bias are times `factor`. (One pass over x, with scales from
 // bounds of the products, took as long: finding the bounds costs what the second pass does.)
-template <int kDigits, int kCount, class T>
+template <int kDigits, int kShared, int kCount, class T>
 OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, const T* type,
                           float middle, float factor, int64_t first, DigitRows<kDigits>* out) {
   alignas(64) float x[kCount][kMaxDepth];
-  const int64_t padded = round_up(runs.depth(), kStep);
+  const int64_t padded = round_up(runs.depth(), kDigitBlock<kShared>);
   VecI largest[4], sums[4];
   VecF bias[4];
 #pragma GCC unroll 4
@@ -203,21 +165,26 @@ OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, co
   for (int64_t i = round_up(runs.depth(), kLanes); i < padded; i += kLanes) {
     for (int r = 0; r < kCount; ++r) store(x[r] + i, set1(0.0f));
   }
-  const Steps steps = steps_of<kDigits>(largest_across(largest));
+  const Steps steps = steps_of<kDigits, kShared>(largest_across(largest));
 #pragma GCC unroll 4
   for (int r = 0; r < kCount; ++r) {
     auto* digits = out->digits + kDigits * (first + r);
-    const VecF inverse = row_of(steps.inverse, r);
+    VecF inverse = row_of(steps.inverse, r);
     if constexpr (kDigits == 2) {
-      for (int64_t i = 0; i < padded; i += kStep) {
-        VecF whole[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          whole[j] = fma(load(x[r] + i + j * kLanes), inverse, set1(kWholeDigits));
+      constexpr int64_t kBlock = kDigitBlock<kShared>;
+      inverse = mul(inverse, load(kFactors<kShared>.at));
+      const VecF offset = load(kOffsets<kShared>.at);
+      for (int64_t i = 0; i < padded; i += kBlock) {
+        VecF whole[kBlock / kLanes];
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlock / kLanes; ++j) {
+          whole[j] = fma(load(x[r] + i + j * kLanes), inverse, offset);
         }
-        sums[r] = add(sums[r], put_two_digits(whole, digits[0] + i));
+        const VecI sum = put_two_digits<kShared>(whole, digits[0] + i, digits[1] + i / kShared);
+        sums[r] = add(sums[r], sum);
       }
-      sums[r] = sub(sums[r], whole_digits(padded));
+      const auto blocks = uint32_t(padded / kBlock);
+      sums[r] = sub(sums[r], set1(int32_t(blocks * uint32_t(kBlockSum<kShared>))));
     } else {
       put_three_digits(x[r], padded, inverse, digits);
     }
@@ -249,13 +216,14 @@ OW_INLINE float middle_code(const KVSide& side) {
   return kDigits == 2 ? float((1 << side.bits) - 1) / 2 : 0.0f;
 }
 
-template <int kDigits>
+template <int kDigits, int kShared>
 OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, FloatType type,
                           float factor, int64_t rows, DigitRows<kDigits>* x) {
   const float middle = middle_code<kDigits>(runs.side);
   const auto split = [&](const auto* elements) {
     for_each_row_block(rows, [&](int64_t first, auto count) __attribute__((always_inline)) {
-      split_rows<kDigits, decltype(count)::kRows>(a, runs, elements, middle, factor, first, x);
+      split_rows<kDigits, kShared, decltype(count)::kRows>(a, runs, elements, middle, factor, first,
+                                                           x);
     });
   };
   if constexpr (kDigits == 2) return split(static_cast<const bf16*>(nullptr));
@@ -264,7 +232,7 @@ OW_INLINE void split_rows(const float (*a)[kMaxDepth], const ScaleRuns& runs, Fl
 }
 
 // Scales of the keys of panel i in the queries, once for each group of tokens.
-template <int kDigits>
+template <int kShared, int kDigits>
 OW_INLINE void split_queries(const Rows& rows, const Chunk& chunk, int64_t i,
                              DigitRows<kDigits>* x) {
   const PagedAttentionArgs& a = rows.a;
@@ -272,11 +240,11 @@ OW_INLINE void split_queries(const Rows& rows, const Chunk& chunk, int64_t i,
   if (i > 0 && chunk.panel[i].in_page % side.group_size != 0) return;
   ScaleRuns runs{side, side.d, 0, {}};
   runs.from[runs.runs++] = scale_at(a, side, chunk.panel[i], 0);
-  split_rows(rows.q, runs, a.kv.type, a.scale, rows.count, x);
+  split_rows<kDigits, kShared>(rows.q, runs, a.kv.type, a.scale, rows.count, x);
 }
 
 // Scales of the values in the weights, once for each group of channels.
-template <int kDigits>
+template <int kShared, int kDigits>
 OW_INLINE void split_weights(const Rows& rows, const Chunk& chunk, int64_t channel,
                              DigitRows<kDigits>* x) {
   const PagedAttentionArgs& a = rows.a;
@@ -286,7 +254,7 @@ OW_INLINE void split_weights(const Rows& rows, const Chunk& chunk, int64_t chann
   for (int64_t i = 0; i < chunk.panels; ++i) {
     runs.from[runs.runs++] = scale_at(a, side, chunk.panel[i], channel);
   }
-  split_rows(rows.scores, runs, a.kv.type, 1.0f, rows.count, x);
+  split_rows<kDigits, kShared>(rows.scores, runs, a.kv.type, 1.0f, rows.count, x);
 }
 
 }  // namespace

@@ -56,9 +56,12 @@ def paged_attention(
     none gives 0. The result does not depend on the number of threads.
 
     Codes are multiplied as they are; scales of keys go into queries, those of values into weights.
-    In float32 and float16 this is accurate as fp32 is. In bfloat16 either product may be rounded
-    to 16 bits, by up to 2^-16 of the largest of its row (of weights: of 256 tokens): errors of 128
-    channels together move a score by no more than rounding the largest q to bfloat16 has.
+    In float32 and float16 this is accurate as fp32 is. In bfloat16 either factor that meets codes
+    may be rounded, by up to 2^-16 of the largest of its row (of weights: of 256 tokens) where codes
+    have 8 or 3 bits: errors of 128 channels together move a score by no more than rounding the
+    largest q to bfloat16 has. Where they have 4 or 2 bits, by 1.08 * 2^-12 or 1.35 * 2^-10: an
+    error of y of 1 to 2 % of the format's own, with outlier channels and tokens too; of 6 to 10 %
+    where one channel decides alone, whose extremes codes hold exactly.
 
     With ``selected`` only some pages count, and the newest tokens: those from the last multiple of
     32 on that lies in pages on both sides and that every query sees.

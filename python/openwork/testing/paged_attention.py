@@ -133,13 +133,18 @@ def _op(q: Tensor, pages: KVPages, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.paged_attention(q, pages, return_lse=True, **kwargs)
 
 
+# Half a step of two digits, where the largest number is 1: over codes of 8 and 3 bits, and of those
+# whose numbers share a digit.
+_HALF_STEP = {8: 0.5 / 32639, 4: 8 / 30464, 3: 0.5 / 32639, 2: 32 / 24320}
+
+
 def _digit_error(dtype: torch.dtype, fmt: KVFormat, side: Any, n: int) -> Tensor:
     """Of a sum over n codes, where the other factor's largest is 1."""
     if dtype != torch.bfloat16 or fmt.dense or fmt.codebook or fmt.outliers:
         return torch.zeros(())
-    error: Tensor = (
-        n * 1.004 * 2**-17 * (2**fmt.bits - 1) * side.scales.float().abs().nan_to_num().max()
-    )
+    # Codes past the last share digits with those before.
+    most = -(-n // 16) * 16 * (2**fmt.bits - 1) / 2 * _HALF_STEP[fmt.bits]
+    error: Tensor = most * side.scales.float().abs().nan_to_num().max()
     return error
 
 
@@ -295,11 +300,12 @@ def _cost(params: Mapping[str, Any]) -> Cost:
     # Codes, and of each group a scale and a min of 16 bits; queries and results.
     number = bits / 8 if bits >= 16 else bits / 8 + 4 / params["group_size"]
     units: dict[int, Unit] = {32: "fp32", 16: "bf16"}
-    digits = 1 if bits == 32 else 2
+    # Products for each code: codes of 4 and 2 bits share the second digit.
+    products = {32: 1.0, 4: 1.5, 2: 1.25}.get(bits, 2.0)
     size = getattr(torch, params["dtype"]).itemsize
     return Cost(
         int(2 * g * tokens * d * number) + 2 * t * h * d * size,
-        4 * digits * t * h * tokens * d,
+        int(4 * products * t * h * tokens * d),
         units.get(bits, "int8"),
     )
 
