@@ -79,7 +79,7 @@ IMPORT_RULES = {
     "block_index": set(),
     "kv_format": {"_host"},
     "kv_pages": {"_host", "kv_format"},
-    "ops": {"_native", "block_index", "kv_pages", "packing"},
+    "ops": {"_native", "block_index", "kv_format", "kv_pages", "packing"},
     "nn": {"ops", "packing"},
     "errors": set(),
     "testing": {"_native", "block_index", "kv_format", "kv_pages", "ops", "packing"},

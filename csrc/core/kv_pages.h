@@ -22,9 +22,7 @@
 //   outliers       c channels of each token, rising, whose x^ is the value stored for them (their
 //                  codes are 0): outlier_index [pages, page_size, c], outlier_values alike
 //
-// Codes lie in the 64-byte lines of packed weights (csrc/README.md, "Packed weights"): panels of 32
-// n in two halves of 16, so that a 32-bit lane of a line belongs to one n, and 4 bytes of it to
-// consecutive k.
+// Codes lie in the lines of packed weights (core/code_lines.h): panels of 32 n in two halves of 16.
 //
 //   keys     n = token, k = channel   [pages, page_size / 32, d_padded / k_block, 2, lines, 16, 4]
 //   values   n = channel, k = token   [pages, ceil(d / 32), page_size / k_block, 2, lines, 16, 4]
@@ -40,6 +38,7 @@
 // each: key_min <= x^ <= key_max for the tokens in pages (rounded outwards).
 #pragma once
 
+#include "core/code_lines.h"
 #include "core/types.h"
 
 namespace ow {
@@ -89,11 +88,9 @@ struct KVPages {
 OW_INLINE bool is_dense(const KVSide& side) { return side.bits >= 16; }
 
 // Codes: bytes from one k_block of a panel to the next, k of one, and bytes of a panel.
-OW_INLINE int64_t kv_block_bytes(int32_t bits) { return 64 * (bits == 3 ? 6 : bits); }
-OW_INLINE int64_t kv_block_k(int32_t bits) { return bits == 3 ? 32 : 16; }
-OW_INLINE int64_t kv_panel_bytes(int32_t bits, int64_t k) {
-  return div_up(k, kv_block_k(bits)) * kv_block_bytes(bits);
-}
+OW_INLINE int64_t kv_block_bytes(int32_t bits) { return block_bytes(bits); }
+OW_INLINE int64_t kv_block_k(int32_t bits) { return block_k(bits); }
+OW_INLINE int64_t kv_panel_bytes(int32_t bits, int64_t k) { return panel_bytes(bits, k); }
 // Bytes of codes from one page to the next.
 OW_INLINE int64_t kv_key_page_bytes(int32_t bits, int64_t page_size, int64_t d) {
   return page_size / kKVPanel * kv_panel_bytes(bits, d);
@@ -101,25 +98,14 @@ OW_INLINE int64_t kv_key_page_bytes(int32_t bits, int64_t page_size, int64_t d) 
 OW_INLINE int64_t kv_value_page_bytes(int32_t bits, int64_t page_size, int64_t d) {
   return div_up(d, kKVPanel) * kv_panel_bytes(bits, page_size);
 }
-// Codes of 4 consecutive k of n, one a byte, are bits `shift` .. of the lane of n in one line; of 3
-// bits, two lie there where `high_shift` >= 0, and the third at high_shift of another line.
-struct KVCodePlace {
-  int64_t line;  // bytes from the start of the page's codes to the line
-  int shift;
-  int64_t high_line;
-  int high_shift;
-};
-OW_INLINE KVCodePlace kv_code_place(int32_t bits, int64_t panel_bytes, int64_t n, int64_t k) {
-  const int64_t half = n / kKVPanel * panel_bytes + k / kv_block_k(bits) * kv_block_bytes(bits) +
-                       n % kKVPanel / kKVHalf * (kv_block_bytes(bits) / 2);
-  const int sub = int(k / 4 % 4);
-  switch (bits) {
-    case 8: return {half + sub * 64, 0, 0, -1};
-    case 4: return {half + sub / 2 * 64, sub % 2 * 4, 0, -1};
-    case 2: return {half, sub * 2, 0, -1};
-  }
-  const int j = int(k / 4 % 8);
-  return {half + j / 3 * 64, j % 3 * 3, half + 128, j % 3 == 2 ? 6 + j / 3 : -1};
+// The lines of the codes of n and of 4 consecutive k, from the start of the page's codes.
+OW_INLINE CodeLines kv_code_place(int32_t bits, int64_t panel_bytes, int64_t n, int64_t k) {
+  const int64_t half = n / kKVPanel * panel_bytes + k / block_k(bits) * block_bytes(bits) +
+                       n % kKVPanel / kKVHalf * (block_bytes(bits) / 2);
+  CodeLines at = code_lines(bits, k);
+  at.line += half;
+  at.high_line += half;
+  return at;
 }
 
 // Scales (and mins): of one page, and where those of (token of the page, channel) are in it.

@@ -24,6 +24,7 @@ struct IndexInputs {
   const std::optional<Tensor>& slashes;
   const Tensor& windows;
   const Tensor& sinks;
+  bool causal;
   int64_t block_m, block_n, rows;
 };
 
@@ -49,13 +50,14 @@ const uint8_t* read_marks(const char* op, const char* name, const std::optional<
 
 // All that does not depend on what tensors hold.
 BlockIndexArgs check_index(const char* op, const IndexInputs& inputs) {
-  const auto& [cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows, sinks, block_m,
-               block_n, rows] = inputs;
+  const auto& [cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows, sinks, causal,
+               block_m, block_n, rows] = inputs;
   BlockIndexArgs a{};
   check_block(op, "block_m", block_m);
   check_block(op, "block_n", block_n);
   a.block_m = block_m;
   a.block_n = block_n;
+  a.causal = causal;
   a.queries.count = check_offsets(op, "cu_seqlens_q", cu_seqlens_q);
   a.keys.count = check_offsets(op, "cu_seqlens_k", cu_seqlens_k);
   check_same_count(op, a.queries.count, a.keys.count);
@@ -130,10 +132,11 @@ std::tuple<Tensor, Tensor> count_all(const char* op, const BlockIndexArgs& a) {
 std::tuple<Tensor, Tensor> block_index_offsets(
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& blocks,
     const std::optional<Tensor>& columns, const std::optional<Tensor>& slashes,
-    const Tensor& windows, const Tensor& sinks, int64_t block_m, int64_t block_n, int64_t rows) {
+    const Tensor& windows, const Tensor& sinks, bool causal, int64_t block_m, int64_t block_n,
+    int64_t rows) {
   constexpr const char* kOp = "block_index_offsets";
-  const IndexInputs inputs{cu_seqlens_q, cu_seqlens_k, blocks,  columns, slashes,
-                           windows,      sinks,        block_m, block_n, rows};
+  const IndexInputs inputs{cu_seqlens_q, cu_seqlens_k, blocks,  columns, slashes, windows,
+                           sinks,        causal,       block_m, block_n, rows};
   BlockIndexArgs a = check_index(kOp, inputs);
   read_index(kOp, inputs, &a);
   const Tensor scratch = scratch_of(&a);
@@ -147,11 +150,12 @@ bool same_numbers(const Tensor& a, const Tensor& b) {
 std::tuple<Tensor, Tensor> block_index_lists(
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& blocks,
     const std::optional<Tensor>& columns, const std::optional<Tensor>& slashes,
-    const Tensor& windows, const Tensor& sinks, int64_t block_m, int64_t block_n, int64_t rows,
-    const Tensor& indptr, const Tensor& column_indptr, int64_t nnz, int64_t column_nnz) {
+    const Tensor& windows, const Tensor& sinks, bool causal, int64_t block_m, int64_t block_n,
+    int64_t rows, const Tensor& indptr, const Tensor& column_indptr, int64_t nnz,
+    int64_t column_nnz) {
   constexpr const char* kOp = "block_index_lists";
-  const IndexInputs inputs{cu_seqlens_q, cu_seqlens_k, blocks,  columns, slashes,
-                           windows,      sinks,        block_m, block_n, rows};
+  const IndexInputs inputs{cu_seqlens_q, cu_seqlens_k, blocks,  columns, slashes, windows,
+                           sinks,        causal,       block_m, block_n, rows};
   BlockIndexArgs a = check_index(kOp, inputs);
   check_operand(kOp, "indptr", indptr, ScalarType::Int, {a.heads, rows + 1});
   check_operand(kOp, "column_indptr", column_indptr, ScalarType::Int, {a.heads, rows + 1});
@@ -204,11 +208,13 @@ Tensor largest(const Tensor& scores_any, const Tensor& budgets, bool by_mass) {
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
   m.def(
       "block_index_offsets(Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? blocks, "
-      "Tensor? columns, Tensor? slashes, Tensor windows, Tensor sinks, int block_m, int block_n, "
+      "Tensor? columns, Tensor? slashes, Tensor windows, Tensor sinks, bool causal, int block_m, "
+      "int block_n, "
       "int rows) -> (Tensor indptr, Tensor column_indptr)");
   m.def(
       "block_index_lists(Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? blocks, "
-      "Tensor? columns, Tensor? slashes, Tensor windows, Tensor sinks, int block_m, int block_n, "
+      "Tensor? columns, Tensor? slashes, Tensor windows, Tensor sinks, bool causal, int block_m, "
+      "int block_n, "
       "int rows, Tensor indptr, Tensor column_indptr, int nnz, int column_nnz) -> "
       "(Tensor indices, Tensor columns)");
   m.def("largest(Tensor scores, Tensor budgets, bool by_mass) -> Tensor");

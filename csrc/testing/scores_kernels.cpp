@@ -125,9 +125,10 @@ const uint8_t* data_or_null(const Marks& marks) { return marks ? marks->data() :
 // One sequence and head: for each row its blocks and its single columns.
 std::vector<std::tuple<std::vector<int32_t>, std::vector<int32_t>>> block_index_of(
     int64_t queries, int64_t keys, int64_t block_m, int64_t block_n, const Marks& blocks,
-    const Marks& columns, const Marks& slashes, int32_t window, int32_t sinks) {
+    const Marks& columns, const Marks& slashes, int32_t window, int32_t sinks, bool causal) {
   BlockIndexArgs args{};
   args.heads = 1;
+  args.causal = causal;
   args.block_m = block_m;
   args.block_n = block_n;
   args.rows = args.max_rows = div_up(queries, block_m);
@@ -184,7 +185,8 @@ void bind_scores_kernels(py::module_& m) {
         "The tree search's scores of all blocks of k [n, d] for one block of queries.");
   m.def("block_index", &block_index_of, py::arg("queries"), py::arg("keys"), py::arg("block_m"),
         py::arg("block_n"), py::arg("blocks"), py::arg("columns"), py::arg("slashes"),
-        py::arg("window"), py::arg("sinks"), "(blocks, columns) of each row of one head.");
+        py::arg("window"), py::arg("sinks"), py::arg("causal") = true,
+        "(blocks, columns) of each row of one head.");
   m.def("largest", &largest, py::arg("scores"), py::arg("budgets"), py::arg("by_mass"),
         "Marks [rows, n].");
 }

@@ -19,6 +19,7 @@ GROUPS = (32, 64, 128)
 _POOL = _host.PagePool()
 # Lines of 16 n x one k_block (csrc/core/kv_pages.h).
 _LINES = {8: 4, 4: 2, 3: 3, 2: 1}
+CODE_BITS = tuple(_LINES)
 
 
 def check(condition: bool, message: str) -> None:
@@ -71,7 +72,7 @@ class KVFormat:
     def __post_init__(self) -> None:
         op = "KVFormat"
         check(
-            self.bits in (32, 16, *_LINES),
+            self.bits in (32, 16, *CODE_BITS),
             f"{op}: bits must be 32, 16, 8, 4, 3 or 2, got {self.bits}",
         )
         check(
@@ -163,6 +164,19 @@ class KVSide:
         return [t for t in (*kept, self.outlier_values) if t is not None]
 
 
+def codes_shape(keys: bool, bits: int, d: int, page_size: int) -> list[int]:
+    """Of a page: ``[panels, k blocks, 2 halves, lines, 16 n, 4 bytes]``."""
+    n, k = (page_size, d) if keys else (d, page_size)
+    return [-(-n // 32), -(-k // (32 if bits == 3 else 16)), 2, _LINES[bits], 16, 4]
+
+
+def grid_shape(channel: bool, group_size: int, d: int, page_size: int) -> list[int]:
+    """Of the scales of a page, on the channel axis or that of tokens."""
+    if channel:
+        return [page_size // group_size, d]
+    return [-(-d // group_size), page_size]
+
+
 def zero_pool(shape: list[int], dtype: torch.dtype) -> Tensor:
     """Zeros that take no memory before they are written to."""
     memory = torch.from_numpy(_POOL.empty(math.prod(shape) * dtype.itemsize))
@@ -189,16 +203,12 @@ def new_side(
         f"KVPages: {part} must have 0 .. d outliers, and d up to 256 if any, got {fmt.outliers} "
         f"of d = {d}",
     )
-    block_k = 32 if fmt.bits == 3 else 16
-    panels = page_size // 32 if part == "keys" else -(-d // 32)
-    blocks = -(-d // block_k) if part == "keys" else page_size // block_k
-    grid = [page_size // fmt.group_size, d]
-    if fmt.axis == "token":
-        grid = [-(-d // fmt.group_size), page_size]
+    codes = codes_shape(part == "keys", fmt.bits, d, page_size)
+    grid = grid_shape(fmt.axis == "channel", fmt.group_size, d, page_size)
     outliers = [pages, page_size, fmt.outliers]
     return KVSide(
         committed=torch.zeros(rows, dtype=torch.int32),
-        codes=zero_pool([pages, panels, blocks, 2, _LINES[fmt.bits], 16, 4], torch.uint8),
+        codes=zero_pool([pages, *codes], torch.uint8),
         scales=zero_pool([pages, *grid], dtype),
         mins=zero_pool([pages, *grid], dtype),
         tail=torch.zeros((*rows, tail_len, d), dtype=dtype),

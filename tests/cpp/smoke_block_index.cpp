@@ -14,8 +14,9 @@ struct Problem {
   Bytes blocks, columns, slashes;
 
   Problem(const std::vector<int>& q_lengths, const std::vector<int>& k_lengths, int64_t block_m,
-          int64_t block_n, int64_t eighths) {
+          int64_t block_n, int64_t eighths, bool causal) {
     args.heads = 2;
+    args.causal = causal;
     args.block_m = block_m;
     args.block_n = block_n;
     for (size_t s = 0; s < q_lengths.size(); ++s) {
@@ -147,9 +148,11 @@ void check_largest(int64_t n, bool by_mass, Guarded* memory) {
 void check_block_index(Guarded* memory) {
   for (const int64_t eighths : {0, 1, 7}) {
     for (const int64_t block : {16, 48, 128}) {
-      check_lists(Problem({1}, {1}, block, 16, eighths), memory);
-      check_lists(Problem({70, 0, 33}, {90, 7, 20}, 16, block, eighths), memory);
-      check_lists(Problem({130}, {130}, block, block, eighths), memory);
+      for (const bool causal : {true, false}) {
+        check_lists(Problem({1}, {1}, block, 16, eighths, causal), memory);
+        check_lists(Problem({70, 0, 33}, {90, 7, 20}, 16, block, eighths, causal), memory);
+        check_lists(Problem({130}, {130}, block, block, eighths, causal), memory);
+      }
     }
   }
   for (const int64_t n : {1, 7, 64, 300}) {

@@ -137,13 +137,13 @@ def test_refuses() -> None:
     mask[0, -3:] = 0
     with torch.inference_mode(), pytest.raises(ValueError, match="padding on the left expected"):
         model(TOKENS, attention_mask=mask)
-    for policy, format, message in (
-        (H2O(20, 10), Format(), "a policy that keeps no account of tokens expected, got H2O"),
-        (KeepAll(), Format(exact_first=4), 'exact_first = 0 expected, got "stored" and 4'),
+    cache = PagedCache(model, 120, batch=2)
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="memory that is not bounded"),
+        cache.prefilling(bounded=True),
     ):
-        cache = PagedCache(model, 120, batch=2, policy=policy, format=format)
-        with torch.inference_mode(), pytest.raises(ValueError, match=message):
-            model(TOKENS, attention_mask=mask.flip(1), cache=cache)
+        model(TOKENS, attention_mask=mask.flip(1), cache=cache)
     cache = PagedCache(model, 120, batch=2, policy=H2O(20, 10))
     with torch.inference_mode():
         model(TOKENS[:, :50], cache=cache)

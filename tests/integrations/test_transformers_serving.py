@@ -8,7 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwork.kvcache import EMS, H2O, AdaKV, KeepAll, Policy, Quest, Razor, Recency, SnapKV, kivi
+from openwork.kvcache import (
+    EMS,
+    H2O,
+    AdaKV,
+    Format,
+    KeepAll,
+    MixedPrecision,
+    Policy,
+    Quest,
+    Razor,
+    Recency,
+    SnapKV,
+    kivi,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,20 +119,27 @@ def test_sliding_windows_have_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "format"),
     [
-        None,
-        KeepAll(),
-        SnapKV(20, window=8),
-        AdaKV(SnapKV(15, window=4)),
-        EMS(18, window=8),
-        Recency(2, 18),
-        Quest(64, dense_layers=0),
-        Razor(SOME, 2, 18, compensation=False),
+        (None, Format()),
+        (KeepAll(), Format()),
+        (SnapKV(20, window=8), Format()),
+        (AdaKV(SnapKV(15, window=4)), Format()),
+        (EMS(18, window=8), Format()),
+        (Recency(2, 18), Format()),
+        (Quest(64, dense_layers=0), Format()),
+        (H2O(12, 8), Format()),
+        (Razor(SOME, 2, 18), Format()),
+        (MixedPrecision(SnapKV(20, window=8), Format()), Format()),
+        (KeepAll(), Format(exact_first=4)),
+        # More than the shortest sequence has: that is held whole.
+        (SnapKV(12, window=8), Format(exact_first=25)),
+        (H2O(12, 8), Format(exact_first=4)),
+        (Razor(SOME, 2, 18), Format(exact_first=2)),
     ],
-    ids=lambda policy: type(policy).__name__,
+    ids=lambda x: type(x).__name__ if not isinstance(x, Format) else f"{x.exact_first}",
 )
-def test_padded_sequences_are_as_if_alone(policy: Policy | None) -> None:
+def test_padded_sequences_are_as_if_alone(policy: Policy | None, format: Format) -> None:
     model = random_model()
     use_block_attention(model)
     tokens, mask = padded()
@@ -127,7 +147,7 @@ def test_padded_sequences_are_as_if_alone(policy: Policy | None) -> None:
     def cache(batch: int) -> Any:
         if policy is None:
             return transformers.DynamicCache(config=model.config)
-        return PagedCache(model, 120, batch=batch, policy=policy, page_size=32)
+        return PagedCache(model, 120, batch=batch, policy=policy, format=format, page_size=32)
 
     steps = [1, 3, 12, 1, 1]
     together = cache(len(PADS))
@@ -140,6 +160,35 @@ def test_padded_sequences_are_as_if_alone(policy: Policy | None) -> None:
             if policy is not None:
                 held = zip(together.layers, alone.layers, strict=True)
                 assert all(torch.equal(a.cache.lengths[row], b.cache.lengths[0]) for a, b in held)
+
+
+@pytest.mark.parametrize("drafts", [0, 32])
+@pytest.mark.parametrize("format", [Format(), Format(exact_first=30)], ids=["pages", "first"])
+def test_padded_sequences_are_taken_back_alike(format: Format, drafts: int) -> None:
+    """Also out of first tokens, of which the shortest sequence has fewer than the others."""
+    model = random_model()
+    use_block_attention(model)
+    tokens, mask = padded()
+    caches = [
+        PagedCache(model, 120, batch=len(PADS), format=format, drafts=drafts) for _ in range(2)
+    ]
+    wrong = torch.cat((tokens[:, :50], tokens[:, 50:].flip(1)), 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def logits_of(cache: Any, tokens: Tensor, begin: int, end: int) -> Tensor:
+        part = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+        logits: Tensor = model(tokens[:, begin:end], cache=cache, **part).logits
+        return logits
+
+    with torch.inference_mode():
+        logits_of(caches[0], wrong, 0, 60)
+        caches[0].crop(-10)
+        assert caches[0].layers[0].cache.lengths.tolist() == [[50] * 2, [33] * 2, [9] * 2]
+        logits_of(caches[1], tokens, 0, 50)
+        logits = [logits_of(cache, tokens, 50, 60) for cache in caches]
+    assert torch.allclose(*logits, atol=1e-5)
+    lengths = [cache.layers[1].cache.lengths.tolist() for cache in caches]
+    assert lengths[0] == lengths[1] == [[60] * 2, [43] * 2, [19] * 2]
 
 
 @pytest.mark.parametrize("name", [*SLIDING, "policy"])
@@ -191,6 +240,7 @@ def test_beams(name: str) -> None:
         Recency(2, 18),
         Razor(SOME, 2, 18),
         Quest(64, dense_layers=0),
+        MixedPrecision(SnapKV(20, window=8)),
     ],
     ids=lambda policy: type(policy).__name__,
 )

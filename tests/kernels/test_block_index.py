@@ -10,7 +10,7 @@ from openwork import _kernels
 BLOCK_M, BLOCK_N = 32, 16
 
 
-def _expected(queries, keys, blocks, columns, slashes, window, sinks):
+def _expected(queries, keys, blocks, columns, slashes, window, sinks, causal):
     """(blocks, columns) of each row, from the definition."""
     rows = []
     for r in range(-(-queries // BLOCK_M)):
@@ -19,7 +19,7 @@ def _expected(queries, keys, blocks, columns, slashes, window, sinks):
         listed, single = [], []
         for c in range(-(-keys // BLOCK_N)):
             j = np.arange(c * BLOCK_N, min((c + 1) * BLOCK_N, keys))
-            if j[0] > p[-1]:
+            if causal and j[0] > p[-1]:
                 continue
             distance = p - j
             seen = distance >= 0
@@ -29,7 +29,7 @@ def _expected(queries, keys, blocks, columns, slashes, window, sinks):
             if marked:
                 listed.append(c)
             else:
-                single += [int(key) for key in j if columns[key] and key <= p[-1]]
+                single += [int(key) for key in j if columns[key] and (not causal or key <= p[-1])]
         rows.append((listed, single))
     return rows
 
@@ -37,16 +37,17 @@ def _expected(queries, keys, blocks, columns, slashes, window, sinks):
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (32, 32), (70, 90), (33, 200), (90, 70)])
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize(("window", "sinks"), [(0, 0), (1, 1), (40, 17)])
-def test_lists_what_is_marked(rng, queries, keys, density, window, sinks) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_lists_what_is_marked(rng, queries, keys, density, window, sinks, causal) -> None:
     shape = (-(-queries // BLOCK_M), -(-keys // BLOCK_N))
     blocks, columns, slashes = (rng.random(s) < density for s in (shape, keys, keys))
     if keys > 48 and density > 0:
         columns[16:32] = True
     marks = (blocks, columns, slashes)
     rows = _kernels.block_index(
-        queries, keys, BLOCK_M, BLOCK_N, *(m.astype(np.uint8) for m in marks), window, sinks
+        queries, keys, BLOCK_M, BLOCK_N, *(m.astype(np.uint8) for m in marks), window, sinks, causal
     )
-    assert rows == _expected(queries, keys, *marks, window, sinks)
+    assert rows == _expected(queries, keys, *marks, window, sinks, causal)
 
 
 def test_absent_marks_are_none() -> None:

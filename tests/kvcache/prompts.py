@@ -28,7 +28,7 @@ def random_prompt(n: int, *, b: int = 2, g: int = 2, group: int = 3, d: int = 8)
     def columns(last: int) -> Tensor:
         return p[:, :, n - last if last else 0 :].sum(2)
 
-    return Prompt(keys, values, columns)
+    return Prompt(keys, keys, values, columns)
 
 
 def held(lengths: Tensor, columns: Tensor, new: int = 1) -> Held:

@@ -20,10 +20,12 @@ from openwork.kvcache import (
     Format,
     KeepAll,
     LServe,
+    MixedPrecision,
     Policy,
     Quest,
     Razor,
     Recency,
+    Saliency,
     SnapKV,
 )
 from openwork.models import Llama
@@ -42,6 +44,8 @@ POLICIES: dict[str, Policy] = {
     "h2o": H2O(ALL, 8),
     "adakv": AdaKV(SnapKV(ALL)),
     "ems": EMS(ALL),
+    "saliency": Saliency(ALL),
+    "mixed": MixedPrecision(Saliency(ALL)),
     "razor": Razor(SOME, 4, ALL),
     "quest": Quest(ALL + 64, dense_layers=1),
     "lserve": LServe(SOME, ALL + 64, 4, ALL),

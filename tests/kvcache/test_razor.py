@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from models.checkpoints import random_model
+from torch import Tensor
 
 from openwork import ops
+from openwork.attention import each_layer
 from openwork.kvcache import Compensation, Razor, retrieval_heads
 
 from .prompts import probabilities, random_prompt
@@ -59,12 +61,54 @@ def test_incremental_mean_equals_that_of_the_batch() -> None:
     assert torch.allclose(a.o, b.o, atol=1e-6) and torch.allclose(a.lse, b.lse, atol=1e-6)
 
 
+def test_sequences_may_come_one_after_another() -> None:
+    keys, values = torch.randn(2, 3, 2, 9, 8).unbind()
+    q, dropped = torch.randn(3, 2, 4, 8), torch.rand(3, 2, 9) < 0.6
+    whole, parts = Compensation(), Compensation()
+    whole.add(keys, values, dropped)
+    for s in range(3):
+        one = slice(s, s + 1)
+        parts.extend(keys[one], values[one], dropped[one])
+    assert parts.nbytes == whole.nbytes == 8 * 3 * 2 * (8 + 8 + 1)
+    a, b = whole.state(q, 0.5), parts.state(q, 0.5)
+    assert a is not None and b is not None
+    assert torch.equal(a.o, b.o) and torch.equal(a.lse, b.lse)
+
+
 def test_retrieval_heads_keep_everything() -> None:
     retrieval = torch.tensor([[True, False]])
     prompt = random_prompt(20, b=1)
     kept = Razor(retrieval, sinks=2, recent=5).layer(0).compress(prompt)
     assert kept is not None and kept.mask.sum(-1).tolist() == [[20, 7]]
     assert Razor(retrieval, sinks=2, recent=18).layer(0).compress(prompt) is None
+
+
+def test_heads_are_chosen_by_what_they_attend_to() -> None:
+    """Scores written out from the probabilities of each head, on the same repeated tokens."""
+    model, p, repeats = random_model(layers=2, context_length=512), 12, 4
+    tokens = torch.randint(320, (1, p), generator=torch.Generator().manual_seed(5))
+    n = p * repeats
+    scores: dict[str, list[list[float]]] = {"induction": [], "echo": []}
+
+    def observe(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        a = probabilities(q, keys.transpose(1, 2))[0]
+        echo = [a[:, i, i - p] for i in range(p, n)]
+        induction = [a[:, i, i - p + 1] for i in range(p - 1, n)]
+        for name, found in (("echo", echo), ("induction", induction)):
+            scores[name].append(torch.stack(found).mean(0).tolist())
+
+    with torch.inference_mode():
+        each_layer(model, tokens.repeat(1, repeats), observe)
+    for name, other in (("echo", "induction"), ("induction", "echo")):
+        # Three of all query heads, which belong to key heads of 3 each.
+        flat = [(x, layer, head // 3) for layer, heads in enumerate(scores[name])
+                for head, x in enumerate(heads)]  # fmt: skip
+        expected = torch.zeros(2, 2, dtype=torch.bool)
+        for _, layer, group in sorted(flat, reverse=True)[:3]:
+            expected[layer, group] = True
+        share = {name: 3 / len(flat) - 1e-9, other: 0.0}
+        got = retrieval_heads(model, length=p, repeats=repeats, seed=5, **share)
+        assert torch.equal(got, expected)
 
 
 def test_takes_the_asked_share_of_heads() -> None:

@@ -21,6 +21,7 @@ from openwork.kvcache import (
     KeepAll,
     LayerCache,
     LServe,
+    MixedPrecision,
     Policy,
     Prompt,
     Quest,
@@ -44,6 +45,7 @@ POLICIES: dict[str, Policy] = {
     "h2o": H2O(30, 10),
     "adakv": AdaKV(SnapKV(40, window=8)),
     "ems": EMS(40, window=8),
+    "mixed": MixedPrecision(SnapKV(40, window=8)),
     "razor": Razor(SOME, 4, 40),
     "quest": Quest(64, dense_layers=0),
     "lserve": LServe(SOME, 64, 4, 40),
@@ -167,7 +169,7 @@ def compress(tokens: Tokens, policy: Policy, q: slice, places: Tensor) -> Tensor
     def columns(last: int) -> Tensor:
         return p[:, :, p.shape[2] - last if last else 0 :].sum(2)
 
-    kept = policy.layer(0).compress(Prompt(held[0], held[1], columns))
+    kept = policy.layer(0).compress(Prompt(held[0], held[0], held[1], columns))
     assert kept is not None
     return kept.mask
 

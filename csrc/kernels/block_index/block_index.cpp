@@ -26,7 +26,7 @@ void count_marks(const uint8_t* marks, int64_t n, int32_t* before) {
   for (int64_t i = 0; i < n; ++i) before[i + 1] = before[i] + (marks[i] != 0);
 }
 
-// Positions of a row's queries, and the blocks that its last one may see.
+// Positions of a row's queries, and the keys that its last one may see.
 struct Row {
   int64_t first, last, visible;
 };
@@ -35,7 +35,8 @@ Row row_at(const BlockIndexArgs& a, int64_t s, int64_t r) {
   const int64_t sq = a.queries.size(s);
   const int64_t shift = a.keys.size(s) - sq;
   const int64_t last = shift + std::min(sq, (r + 1) * a.block_m) - 1;
-  return {std::max<int64_t>(shift + r * a.block_m, 0), last, last < 0 ? 0 : last / a.block_n + 1};
+  const int64_t visible = a.causal ? std::max<int64_t>(last + 1, 0) : a.keys.size(s);
+  return {std::max<int64_t>(shift + r * a.block_m, 0), last, visible};
 }
 
 bool lists_block(const BlockIndexArgs& a, const Marks& marks, int64_t head, const Row& row,
@@ -46,9 +47,10 @@ bool lists_block(const BlockIndexArgs& a, const Marks& marks, int64_t head, cons
   // Distances between the row's queries and the block's keys are `nearest` .. `farthest`, all.
   const int64_t nearest = std::max<int64_t>(row.first - (end - 1), 0);
   const int64_t farthest = row.last - begin;
-  if (nearest < a.windows[head]) return true;
+  const bool seen = farthest >= 0;
+  if (seen && nearest < a.windows[head]) return true;
   if (marks.blocks != nullptr && marks.blocks[r * a.max_blocks + c] != 0) return true;
-  if (marks.slashes_before != nullptr &&
+  if (seen && marks.slashes_before != nullptr &&
       marks.slashes_before[farthest + 1] != marks.slashes_before[nearest]) {
     return true;
   }
@@ -88,11 +90,11 @@ void for_each_row(const BlockIndexArgs& a, const Parallel& parallel, const Visit
 template <class Block, class Keys>
 void walk_row(const BlockIndexArgs& a, const Marks& marks, int64_t head, const Row& row, int64_t r,
               int64_t key_count, const Block& block, const Keys& keys) {
-  for (int64_t c = 0; c < row.visible; ++c) {
+  for (int64_t c = 0; c < div_up(row.visible, a.block_n); ++c) {
     if (lists_block(a, marks, head, row, r, c, key_count)) {
       block(c);
     } else if (marks.columns != nullptr) {
-      keys(c * a.block_n, std::min((c + 1) * a.block_n, row.last + 1));
+      keys(c * a.block_n, std::min((c + 1) * a.block_n, row.visible));
     }
   }
 }

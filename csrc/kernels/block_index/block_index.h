@@ -1,7 +1,8 @@
 // From what an estimator marks to the lists that block_attention reads.
 //
 // Row r of a sequence is its queries r * block_m .. ; query i is at position p = sk - sq + i. Head
-// x of that row lists block c, keys c * block_n .. , that is not entirely behind its last query, if
+// x of that row lists block c, keys c * block_n .. , that (where it is causal) is not entirely
+// behind its last query, if
 //
 //   blocks[s, x, r, c]                                  or
 //   the block begins before sinks[x]                    or
@@ -9,8 +10,8 @@
 //   slashes[s, x, p - j]     for a query p and a key j  or
 //   columns[s, x, j]         for all its keys j
 //
-// and as single keys those j, not behind the last query, of blocks that it does not list, with
-// columns[s, x, j].
+// and as single keys those j, where it is causal not behind the last query, of blocks that it does
+// not list, with columns[s, x, j].
 //
 // Marks are bytes, so no mark names a key that is not there and none names one twice. A row takes
 // O(1) for each of its blocks: whether a range of keys (or of distances) has a mark is the
@@ -27,6 +28,7 @@ namespace ow {
 
 struct BlockIndexArgs {
   int64_t heads, block_m, block_n;
+  bool causal;
   int64_t rows;  // of all sequences
   Sequences queries, keys;
   const uint8_t* blocks;  // [sequences, heads, max_rows, max_blocks], or null

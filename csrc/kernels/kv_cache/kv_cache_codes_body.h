@@ -52,7 +52,7 @@ OW_INLINE void get_key_codes(const KVSide& s, const uint8_t* page, int64_t token
   const int64_t panel = kv_panel_bytes(s.bits, s.d);
   const uint32_t mask = kEachByte * ((1u << (s.bits == 3 ? 3 : s.bits)) - 1);
   for (int64_t k = 0; k < s.d; k += 4) {
-    const KVCodePlace at = kv_code_place(s.bits, panel, token, k);
+    const CodeLines at = kv_code_place(s.bits, panel, token, k);
     const int64_t lane = token % kKVHalf * 4;
     uint32_t four = load_four(page + at.line + lane) >> at.shift;
     if (at.high_shift >= 0) {
@@ -76,7 +76,7 @@ OW_INLINE void put_value_codes(const KVSide& s, int64_t page_size, uint8_t* page
   const int64_t panel = kv_panel_bytes(s.bits, page_size);
   const int byte = int(token % 4) * 8;
   for (int64_t n = 0; n < s.d; n += kKVHalf) {
-    const KVCodePlace at = kv_code_place(s.bits, panel, n, token);
+    const CodeLines at = kv_code_place(s.bits, panel, n, token);
     const int64_t lanes = min_of(kKVHalf, s.d - n);
     const bool split = at.high_shift >= 0;
     const uint32_t mask = split ? 3 : (1u << s.bits) - 1;
@@ -90,7 +90,7 @@ OW_INLINE void get_value_codes(const KVSide& s, int64_t page_size, const uint8_t
   const int64_t panel = kv_panel_bytes(s.bits, page_size);
   const int byte = int(token % 4) * 8;
   for (int64_t n = 0; n < s.d; n += kKVHalf) {
-    const KVCodePlace at = kv_code_place(s.bits, panel, n, token);
+    const CodeLines at = kv_code_place(s.bits, panel, n, token);
     const bool split = at.high_shift >= 0;
     const uint32_t mask = split ? 3 : (1u << s.bits) - 1;
     for (int64_t i = 0; i < min_of(kKVHalf, s.d - n); ++i) {

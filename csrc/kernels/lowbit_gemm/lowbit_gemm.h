@@ -32,6 +32,7 @@
 // what the prefetchers follow best, and two halves let each broadcast of x serve two products.
 #pragma once
 
+#include "core/code_lines.h"
 #include "core/kernel_table.h"
 #include "core/layout.h"
 #include "core/parallel.h"
@@ -126,13 +127,6 @@ void block_bf16_rows(const bf16* x, int64_t m, int64_t k, const RowBlocks& block
 
 void lowbit_gemm(const LowbitGemmArgs& args, Isa isa, const Parallel& parallel);
 
-// Bytes from one k_block of a panel to the next, and k of one.
-OW_INLINE int64_t block_bytes(int32_t bits) { return 64 * (bits == 3 ? 6 : bits); }
-OW_INLINE int64_t block_k(int32_t bits) { return bits == 3 ? 32 : 16; }
-OW_INLINE int64_t panel_bytes(int32_t bits, int64_t k_padded) {
-  return k_padded / block_k(bits) * block_bytes(bits);
-}
-
 // Where code (lane, k) of a panel lies: `bits` low bits at `shift` of `byte`, and the one above
 // them, if the code has more, at `high_shift` of `high_byte`.
 struct CodePlace {
@@ -142,18 +136,11 @@ struct CodePlace {
   int high_shift;
 };
 OW_INLINE CodePlace code_place(int32_t bits, int64_t lane, int64_t k) {
-  const int64_t half_bytes = block_bytes(bits) / 2;
-  const int64_t half = k / block_k(bits) * block_bytes(bits) + lane / kHalf * half_bytes;
-  const int64_t in_line = lane % kHalf * 4 + k % 4;
-  const int sub = int(k / 4 % 4);
-  switch (bits) {
-    case 8: return {half + sub * 64 + in_line, 0, 8, 0, 0};
-    case 4: return {half + sub / 2 * 64 + in_line, sub % 2 * 4, 4, 0, 0};
-    case 2: return {half + in_line, sub * 2, 2, 0, 0};
-  }
-  const int j = int(k / 4 % 8);
-  const int64_t byte = half + j / 3 * 64 + in_line;
-  return {byte, j % 3 * 3, j % 3 == 2 ? 2 : 3, half + 128 + in_line, 6 + j / 3};
+  const int64_t start = k / block_k(bits) * block_bytes(bits) +
+                        lane / kHalf * (block_bytes(bits) / 2) + lane % kHalf * 4 + k % 4;
+  const CodeLines at = code_lines(bits, k);
+  return {start + at.line, at.shift, at.high_shift < 0 ? bits : 2, start + at.high_line,
+          at.high_shift};
 }
 // `panel` points at the bytes of the panel the lane is in.
 OW_INLINE uint8_t code_of(int32_t bits, const uint8_t* panel, int64_t lane, int64_t k) {

@@ -43,7 +43,7 @@ class Codes {
       : page_(page), bits_(side.bits), panel_bytes_(panel_bytes), table_(side.table) {}
 
   void read(int64_t n, int64_t k, VecF out[4]) const {
-    const KVCodePlace place = kv_code_place(bits_, panel_bytes_, n, k);
+    const CodeLines place = kv_code_place(bits_, panel_bytes_, n, k);
     const int64_t lane = n % kKVHalf * 4;
     const VecI low = line(place.line + lane);
     const bool split = place.high_shift >= 0;

@@ -20,10 +20,10 @@ Estimators that measure otherwise keep the last two steps:
 - antidiagonal scores (XAttention): sums of strided antidiagonals are one score for each pair of
   blocks; a row's are selected by mass and listed as ``blocks``;
 - sorted hashing with a sampled residual (HyperAttention): queries and keys are reordered by their
-  hash, so that equal buckets lie on the diagonal, listed as ``blocks`` over the reordered tensors
-  (``causal=False``); sampled keys are ``columns``, and since an index lists no column inside of a
-  listed block, samples that were attended to are left out. The two parts are two calls, the second
-  with ``log(n / samples)`` added to its lse, and :func:`openwork.ops.merge_states` joins them;
+  hash, so that equal buckets lie on the diagonal, listed as ``blocks`` over the reordered tensors;
+  sampled keys are ``columns`` of another index, with the columns of a row's own blocks taken out,
+  both with ``causal=False``. The two parts are two calls, the second with the logarithm of the
+  sampled share taken from its lse, and :func:`openwork.ops.merge_states` joins them;
 - shifted groups (LongLoRA) are sequences of their own: ``cu_seqlens`` of groups of G tokens for one
   half of the heads, and of ``G / 2, G, ..., G, G / 2`` for the other; no index at all.
 

@@ -27,9 +27,7 @@ from openwork.kvcache import Cache, column_scores
 from openwork.models import Llama
 from openwork.models.kv_cache import Attend
 from openwork.models.llama import Layer
-
-# Tokens that a cache is asked for in one step: as many as one operator reads pages for.
-_STEP = 8
+from openwork.ops.paged_attention import MAX_QUERIES
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def with_caches(
     dense = None
     for name, cache in filled.items():
         nbytes = cache.nbytes
-        parts = sample.tokens[None, last:-1].split(_STEP, dim=1)
+        parts = sample.tokens[None, last:-1].split(MAX_QUERIES, dim=1)
         begin = time.perf_counter()
         logits = torch.cat([model(part, cache)[0] for part in parts])
         seconds = (time.perf_counter() - begin) / len(parts)

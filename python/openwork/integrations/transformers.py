@@ -82,8 +82,9 @@ class PagedCache(transformers.Cache):
     """A compressed cache for ``generate`` and ``forward`` of a model.
 
     Args:
-        model: after :func:`use_block_attention`. Layers with a sliding window keep its keys and
-            values as they are; the rest is for the others.
+        model: after :func:`use_block_attention`. Layers with a sliding window hold its keys and
+            values as they are, since it moves on by a token a step: its pages, and groups of codes,
+            would be made anew at each. Format and policy are for the other layers.
         max_len: tokens it can see, padding among them; memory is taken for those that are held.
         batch: sequences, those of all beams.
         format: how keys and values are stored; the keys come rotated, so ``rotate`` must be

@@ -5,11 +5,12 @@ from __future__ import annotations
 from .budgets import keep_adaptive, keep_even
 from .cache import Cache, prefilling, roll_back
 from .compression import column_scores
-from .eviction import H2O, TOVA, AdaKV, Recency, SnapKV
+from .eviction import H2O, TOVA, AdaKV, Recency, Saliency, SnapKV
 from .formats import Format, kivi
 from .kvquant import fit_levels, kvquant, kvquant_each
 from .layer import LayerCache
 from .merging import EMS, merge_tokens
+from .mixed import MixedPrecision
 from .paging import LServe, Quest
 from .policy import Held, KeepAll, Kept, LayerPolicy, PageChoice, Policy, Prompt, State
 from .razor import Compensation, Razor, retrieval_heads
@@ -28,12 +29,14 @@ __all__ = [
     "LServe",
     "LayerCache",
     "LayerPolicy",
+    "MixedPrecision",
     "PageChoice",
     "Policy",
     "Prompt",
     "Quest",
     "Razor",
     "Recency",
+    "Saliency",
     "SnapKV",
     "State",
     "column_scores",

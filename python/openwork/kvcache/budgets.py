@@ -58,8 +58,7 @@ def keep_adaptive(scores: Tensor, budget: int, floor: float = 0.2) -> Tensor:
         tensor([[1, 3]])
     """
     _check(scores, budget)
-    if not 0 <= floor <= 1:
-        raise ValueError(f"keep_adaptive: floor must be in 0 .. 1, got {floor}")
+    check_floor("keep_adaptive", floor)
     b, g, n = scores.shape
     budget = min(budget, n)
     own = keep_even(scores, max(1, int(floor * budget)))
@@ -69,6 +68,30 @@ def keep_adaptive(scores: Tensor, budget: int, floor: float = 0.2) -> Tensor:
     order = by_score.gather(-1, own_first.argsort(dim=-1, descending=True, stable=True))
     keep = torch.zeros(b, g * n, dtype=torch.bool)
     return keep.scatter_(-1, order[:, : g * budget], True).view(b, g, n)
+
+
+def check_floor(name: str, floor: float) -> None:
+    """Raises a ValueError for a share outside 0 .. 1."""
+    if not 0 <= floor <= 1:
+        raise ValueError(f"{name}: floor must be in 0 .. 1, got {floor}")
+
+
+def kept_tokens(mask: Tensor) -> Tensor:
+    """The numbers of the tokens that a mask keeps.
+
+    Args:
+        mask: ``[rows, n]`` bool.
+
+    Returns:
+        ``[rows, most]`` int64, rising, filled up with n.
+
+    Example:
+        >>> kept_tokens(torch.tensor([[True, False, True], [False, True, False]])).tolist()
+        [[0, 2], [1, 3]]
+    """
+    n = mask.shape[-1]
+    tokens = torch.arange(n).where(mask, n).sort(-1).values
+    return tokens[:, : int(mask.sum(-1).max()) if mask.numel() else 0]
 
 
 def _check(scores: Tensor, budget: int) -> None:

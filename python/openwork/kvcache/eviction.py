@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openwork.kvcache.budgets import keep_adaptive, keep_even
+from openwork.kvcache.budgets import check_floor, keep_adaptive, keep_even, kept_tokens
 from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt
 
 
@@ -55,6 +55,13 @@ class Recency(_Eviction):
     sinks: int = 4
     recent: int = 508
 
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 1:
+            raise ValueError(
+                "Recency: sinks of at least 0 and recent of at least 1 expected, got "
+                f"{self.sinks} and {self.recent}"
+            )
+
     @property
     def budget(self) -> int:
         return self.sinks + self.recent
@@ -66,11 +73,20 @@ class Recency(_Eviction):
         return place.expand(b, g, n)
 
     def trim(self, held: Held) -> Tensor | None:
-        if int(held.lengths.max()) <= self.budget:
+        return self.trim_heads(held, torch.zeros(1, held.lengths.shape[1], 1, dtype=torch.bool))
+
+    def trim_heads(self, held: Held, others: Tensor) -> Tensor | None:
+        """What is kept of the tokens held, where some heads keep all; None for everything.
+
+        Args:
+            held: the tokens.
+            others: ``[1, g, 1]`` bool, true for heads that keep all.
+        """
+        if not bool(((held.lengths > self.budget) & ~others.squeeze(-1)).any()):
             return None
         places = held.places()
         first = torch.arange(places.shape[-1]) < self.sinks
-        return (places >= 0) & (first | (places < self.recent))
+        return (places >= 0) & (first | (places < self.recent) | others)
 
 
 @dataclass(frozen=True)
@@ -95,11 +111,7 @@ class SnapKV(_Eviction):
     pool: int = 5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.window < self.budget:
-            raise ValueError(
-                f"SnapKV: window must be in 1 .. budget - 1, got {self.window} of {self.budget}"
-            )
-        check_pool("SnapKV", self.pool)
+        check_window("SnapKV", self.budget, self.window, self.pool)
 
     def scores(self, prompt: Prompt) -> Tensor:
         return window_scores(prompt.scores(self.window), self.window, self.pool)
@@ -117,11 +129,39 @@ class TOVA(_Eviction):
 
     budget: int
 
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"TOVA: budget must be at least 1, got {self.budget}")
+
     def scores(self, prompt: Prompt) -> Tensor:
         scores = prompt.scores(1)
         scores = scores.mean(1, keepdim=True).expand_as(scores).clone()
         scores[..., -1] = torch.inf
         return scores
+
+
+@dataclass(frozen=True)
+class Saliency(_Eviction):
+    """What the queries of the prompt that see a token attend to it with, on average (ZipCache).
+
+    A sum over queries favours the first tokens, which more queries see.
+
+    Attributes:
+        budget: tokens of a prompt that a head keeps.
+
+    Source: He et al., "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token
+    Identification", 2024, which asks a sample of the queries, and holds the other tokens in fewer
+    bits: see :class:`~openwork.kvcache.MixedPrecision`.
+    """
+
+    budget: int
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"Saliency: budget must be at least 1, got {self.budget}")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        return prompt.scores() / torch.arange(prompt.length, 0, -1)
 
 
 @dataclass(frozen=True)
@@ -141,6 +181,13 @@ class H2O:
 
     heavy: int
     recent: int
+
+    def __post_init__(self) -> None:
+        if self.heavy < 0 or self.recent < 1:
+            raise ValueError(
+                "H2O: heavy of at least 0 and recent of at least 1 expected, got "
+                f"{self.heavy} and {self.recent}"
+            )
 
     @property
     def budget(self) -> int:
@@ -162,39 +209,47 @@ class _H2OLayer(LayerPolicy):
 
     def __init__(self, policy: H2O) -> None:
         self._policy = policy
-        self._scores = torch.empty(0)
+        self._scores: Tensor | None = None  # [b, g, n], 0 past a head's length
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._scores is None else self._scores.nbytes
 
     def compress(self, prompt: Prompt) -> Kept | None:
         scores = prompt.scores()
-        mask = self._keep(scores)
-        self._scores = scores if mask is None else _kept(scores, mask)
+        b, g, n = scores.shape
+        mask = self._keep(scores, torch.arange(n - 1, -1, -1).expand(b, g, n))
+        own = scores if mask is None else _kept(scores, mask)
+        every = [own] if self._scores is None else [self._scores, own]
+        most = max(x.shape[-1] for x in every)
+        self._scores = torch.cat([F.pad(x, (0, most - x.shape[-1])) for x in every])
         return None if mask is None else Kept(mask)
 
     def trim(self, held: Held) -> Tensor | None:
-        step = held.scores()
-        before = self._scores.shape[-1] if self._scores.numel() else 0
-        self._scores = step + F.pad(self._scores, (0, step.shape[-1] - before)) if before else step
-        mask = self._keep(self._scores)
-        if mask is not None:
-            self._scores = _kept(self._scores, mask)
+        scores = held.scores()
+        if self._scores is not None:
+            scores = scores + F.pad(self._scores, (0, scores.shape[-1] - self._scores.shape[-1]))
+        mask = self._keep(scores, held.places())
+        self._scores = scores if mask is None else _kept(scores, mask)
         return mask
 
     def reorder(self, order: Tensor) -> None:
-        if self._scores.numel():
+        if self._scores is not None:
             self._scores = self._scores[order]
 
-    def _keep(self, scores: Tensor) -> Tensor | None:
-        n = scores.shape[-1]
-        if n <= self._policy.budget:
+    def _keep(self, scores: Tensor, places: Tensor) -> Tensor | None:
+        """``places`` of the scores' tokens: see :meth:`Held.places`."""
+        if scores.shape[-1] <= self._policy.budget:
             return None
-        scores = scores.clone()
-        scores[..., n - self._policy.recent :] = torch.inf
-        return keep_even(scores, self._policy.budget)
+        scores = scores.masked_fill(places < self._policy.recent, torch.inf)
+        scores = scores.masked_fill(places < 0, -torch.inf)
+        return keep_even(scores, self._policy.budget) & (places >= 0)
 
 
 def _kept(scores: Tensor, mask: Tensor) -> Tensor:
-    """The scores where ``mask`` is true, as many in every head."""
-    return scores[mask].view(*scores.shape[:2], -1)
+    """The scores where ``mask [b, g, n]`` is true, then zeros."""
+    order = kept_tokens(mask.flatten(0, 1)).view(*mask.shape[:2], -1)
+    return F.pad(scores, (0, 1)).gather(-1, order)
 
 
 @dataclass(frozen=True)
@@ -210,6 +265,9 @@ class AdaKV(LayerPolicy):
 
     policy: Scored
     floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_floor("AdaKV", self.floor)
 
     def layer(self, index: int) -> LayerPolicy:
         return self
@@ -235,6 +293,13 @@ def window_scores(scores: Tensor, window: int, pool: int) -> Tensor:
     return F.pad(before, (0, scores.shape[-1] - before.shape[-1]), value=torch.inf)
 
 
-def check_pool(name: str, pool: int) -> None:
+def check_window(name: str, budget: int, window: int, pool: int) -> None:
+    """Check the numbers of a policy that asks the last queries.
+
+    Raises:
+        ValueError: a window that is not inside of the budget, or an even pool.
+    """
+    if not 1 <= window < budget:
+        raise ValueError(f"{name}: window must be in 1 .. budget - 1, got {window} of {budget}")
     if pool < 1 or pool % 2 == 0:
         raise ValueError(f"{name}: pool must be odd and at least 1, got {pool}")

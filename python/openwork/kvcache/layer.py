@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from openwork import ops
+from openwork.kvcache.budgets import kept_tokens
 from openwork.kvcache.collected import Collected, Tokens
-from openwork.kvcache.compression import (
-    append_kept,
-    check_plain,
-    columns_of,
-    compress_padded,
-    held_scores,
-    kept_tokens,
-    prompt_of,
-)
+from openwork.kvcache.compression import columns_of, held_scores, prompt_of
+from openwork.kvcache.first_tokens import FirstTokens
 from openwork.kvcache.formats import Format
-from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt, State
+from openwork.kvcache.policy import Held, LayerPolicy, Prompt, State
+from openwork.kvcache.rows import Rows, all_heads, append_rows, attend_all, kept_rows, query_rows
 from openwork.kvcache.selection import Selection
-
-# Queries that one operator reads the pages for.
-_DECODE = 8
-
+from openwork.ops.paged_attention import MAX_QUERIES
 
 # Attention of a whole prompt: q [b, t, h, d], keys [b, g, t, d] and values alike to [b, t, h, d].
 PromptAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Columns = Callable[[int], Tensor]
+
+
+class _Step(NamedTuple):
+    """Tokens that quantization and the policy wait to see.
+
+    Attributes:
+        q: ``[b, t, h, d]``.
+        lse: ``[b, t, h]`` float32, of all that they attended to.
+    """
+
+    q: Tensor
+    lse: Tensor
 
 
 class LayerCache:
@@ -85,14 +90,18 @@ class LayerCache:
             if rope is None:
                 raise ValueError("LayerCache: rope for a format that rotates expected, got None")
             self._cos, self._sin = rope
+        if format.rotate == "place" and policy.holds:
+            raise ValueError(
+                "LayerCache: a policy that holds no tokens itself expected with rotation by place, "
+                f"got {type(policy).__name__.strip('_')}"
+            )
         self._scale = 1 / math.sqrt(head_dim)
         self.seen = 0
         self.collecting: Literal["whole", "bounded"] | None = None
         self._prompt: Collected | None = None
-        # Queries of a step that quantization and the policy wait to see.
-        self._step_q: Tensor | None = None
-        self._settled = 0  # last tokens of those behind that which can be taken back
-        self._exact: tuple[Tensor, Tensor] | None = None
+        self._waiting: _Step | None = None
+        self._settled = 0  # last tokens before those that wait which can be taken back
+        self._first: FirstTokens | None = None
         self._selection = Selection(policy.pages, self.pages)
 
     @property
@@ -103,21 +112,21 @@ class LayerCache:
             starts = self._prompt.starts
             starts = torch.zeros(b, dtype=torch.int64) if starts is None else starts
             return (self._prompt.length - starts).unsqueeze(-1).expand(b, g)
-        exact = 0 if self._exact is None else self._exact[0].shape[1]
-        return self.pages.lengths.view(b, g).long() + exact
+        lengths = self.pages.lengths.view(b, g).long()
+        return lengths if self._first is None else lengths + self._first.lengths.unsqueeze(-1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages in use, the tails, and the tokens kept exactly."""
-        exact = sum(x.nbytes for x in self._exact or ())
-        return self.pages.bytes() + exact + (0 if self._prompt is None else self._prompt.nbytes)
+        """Bytes of pages in use and tails, of tokens kept exactly, and of what the policy holds."""
+        apart = sum(x.nbytes for x in (self._first, self._prompt) if x is not None)
+        return self.pages.bytes() + apart + self.policy.nbytes
 
     @property
     def revocable(self) -> int:
         """The last tokens that :meth:`rollback` can take back."""
         if self._prompt is not None:
             return min(int(self.lengths.min()), self._prompt.tokens.q.shape[1])
-        return self._settled + (0 if self._step_q is None else self._step_q.shape[1])
+        return self._settled + (0 if self._waiting is None else self._waiting.q.shape[1])
 
     def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, prompt: PromptAttention) -> Tensor:
         """:meth:`attend`, as :class:`~openwork.models.kv_cache.Attend` asks it."""
@@ -126,7 +135,13 @@ class LayerCache:
         q, keys, values = qkv[:, :, :h], qkv[:, :, h : h + g], qkv[:, :, h + g :]
         self.settle()
         if self.format.rotate == "place" and self._cos is not None and self._sin is not None:
-            place = int(self.lengths.max())
+            places = self.lengths.unique()
+            if len(places) > 1:
+                raise ValueError(
+                    "rotation by place: as many tokens in every head expected, got "
+                    f"{places[0]} to {places[-1]}"
+                )
+            place = int(places[0])
             cos, sin = self._cos[place : place + t], self._sin[place : place + t]
         q, rotated = ops.rope(q, cos, sin), ops.rope(keys, cos, sin)
         return self.attend(q, keys, rotated, values, prompt).flatten(2)
@@ -156,7 +171,7 @@ class LayerCache:
             ``[b, t, h, d]``.
 
         Raises:
-            ValueError: padding with a format or a policy that has no room for different lengths.
+            ValueError: padding with a format that rotates when reading, or in bounded memory.
         """
         if scale is not None:
             self._scale = scale
@@ -169,24 +184,26 @@ class LayerCache:
             if self.drafts == 0:
                 self.settle()
             return o
-        if t <= _DECODE:
-            o = self._step(q, keys, rotated, values)
+        if t <= MAX_QUERIES:
+            state = self._step(q, keys, rotated, values)
         else:
-            o = self._continue(q, rotated, values)
+            state = self._continue(q, rotated, values)
             self._append(keys, rotated, values)
-        self._step_q = q
+        self._waiting = _Step(q, state.lse)
         if t > self.drafts:
             self.settle()
-        return o
+        return state.o
 
     def _collect(self, chunk: Tokens, starts: Tensor | None) -> Collected:
         """The prompt so far with one more chunk."""
         self.seen += chunk.q.shape[1]
         if self._prompt is None:
-            if starts is not None:
-                check_plain("padding", self.format, self.policy)
-                if self.collecting == "bounded":
-                    raise ValueError("padding: prefilling in memory that is not bounded expected")
+            if starts is not None and self.format.rotate != "stored":
+                raise ValueError(
+                    f'padding: a format of rotate = "stored" expected, got "{self.format.rotate}"'
+                )
+            if starts is not None and self.collecting == "bounded":
+                raise ValueError("padding: prefilling in memory that is not bounded expected")
             self._prompt = Collected(chunk, starts)
             return self._prompt
         if self.collecting == "bounded":
@@ -202,21 +219,20 @@ class LayerCache:
         if self._prompt is not None and self.collecting is None:
             tokens, starts = self._prompt.tokens, self._prompt.starts
             self._prompt = None
-            if starts is None:
-                self.take(*tokens[1:], columns_of(tokens, self._scale))
-                self._settled = min(self._settled, tokens.q.shape[1])
-            else:
-                prompt, kept = compress_padded(self.policy, tokens, starts, self._scale)
-                lengths = (prompt.length - starts).unsqueeze(-1)
-                dropped = bool((kept.mask.sum(-1) < lengths).any())
-                self._settled = 0 if dropped else int(lengths.min())
-                append_kept(self.pages, prompt, kept, 0)
-        if self._step_q is not None:
-            q, self._step_q = self._step_q, None
+            parts = [tokens]
+            if starts is not None:
+                parts = [
+                    Tokens(*(x[s : s + 1, start:] for x in tokens))
+                    for s, start in enumerate(starts.tolist())
+                ]
+            self._take([(*part[1:], columns_of(part, self._scale)) for part in parts])
+            self._settled = min(self._settled, tokens.q.shape[1])
+        if self._waiting is not None:
+            step, self._waiting = self._waiting, None
             if self.drafts:
                 ops.kv_commit(self.pages)
-            self._settled += q.shape[1]
-            if self._trim(q) or self.policy.stateful:
+            self._settled += step.q.shape[1]
+            if self._trim(step) or self.policy.stateful:
                 self._settled = 0
 
     def rollback(self, n: int) -> None:
@@ -228,17 +244,17 @@ class LayerCache:
             self._prompt.drop(n)
             self._prompt = self._prompt if self.seen else None
             return
-        if self._step_q is not None:
-            left = self._step_q.shape[1] - n
+        if self._waiting is not None:
+            left = self._waiting.q.shape[1] - n
             self._settled += min(left, 0)
-            self._step_q = self._step_q[:, :left] if left > 0 else None
+            self._waiting = _Step(*(x[:, :left] for x in self._waiting)) if left > 0 else None
         else:
             self._settled -= n
-        if self._exact is not None:
-            kept = min(self._exact[0].shape[1], self.seen)
-            n -= self._exact[0].shape[1] - kept
-            self._exact = (self._exact[0][:, :kept], self._exact[1][:, :kept]) if kept else None
-        ops.kv_rollback(self.pages, torch.full_like(self.pages.lengths[:, 0], n))
+        drop = self.pages.lengths[:, 0].clamp(max=n)
+        more = n - drop.view(self.batch, -1).amin(1)
+        if self._first is not None and bool(more.any()):
+            self._first = self._first.without(more)
+        ops.kv_rollback(self.pages, drop)
         if n >= self.pages.page_size:  # fewer are about to be written again
             self.pages.trim()
         self._selection.forget()
@@ -257,19 +273,13 @@ class LayerCache:
             self._prompt.reorder(order)
         elif self.seen:  # policies have seen nothing of a prompt that waits
             self.policy.reorder(order)
-        if self._step_q is not None:
-            self._step_q = self._step_q[order]
-        if self._exact is not None:
-            self._exact = self._exact[0][order], self._exact[1][order]
+        if self._waiting is not None:
+            self._waiting = _Step(*(x[order] for x in self._waiting))
+        if self._first is not None:
+            self._first = self._first.reordered(order)
         self._selection.forget()
 
-    def take(
-        self,
-        keys: Tensor,
-        rotated: Tensor,
-        values: Tensor,
-        columns: Callable[[int], Tensor],
-    ) -> None:
+    def take(self, keys: Tensor, rotated: Tensor, values: Tensor, columns: Columns) -> None:
         """Take up a prompt, or what the policy keeps of it.
 
         Args:
@@ -278,22 +288,36 @@ class LayerCache:
             values: ``[b, n, g, d]``.
             columns: see :class:`~openwork.kvcache.Prompt`.
         """
-        n = keys.shape[1]
-        first = min(self.format.exact_first, n)
-        if first:
-            self._exact = rotated[:, :first].clone(), values[:, :first].clone()
         stored = rotated if self.format.rotate == "stored" else keys
-        prompt = Prompt(
-            stored[:, first:].transpose(1, 2),
-            values[:, first:].transpose(1, 2),
-            lambda last: columns(last)[..., first:],
-        )
-        kept = self.policy.compress(prompt) if n > first else None
-        self.seen = max(self.seen, n)  # a prompt in bounded memory has lost some
-        self._settled = n if kept is None and not self.policy.stateful else 0
-        if kept is None:
-            kept = Kept(torch.ones(prompt.keys.shape[:3], dtype=torch.bool))
-        append_kept(self.pages, prompt, kept, first)
+        self.seen = max(self.seen, keys.shape[1])
+        self._take([(stored, rotated, values, columns)])
+
+    def _take(self, parts: Sequence[tuple[Tensor, Tensor, Tensor, Columns]]) -> None:
+        """Take up a prompt of all sequences, or of one after another.
+
+        Args:
+            parts: keys, as they are stored, and as in :meth:`take` the rest.
+        """
+        rows: list[Rows] = []
+        first_tokens: list[tuple[Tensor, Tensor]] = []
+        self._settled = 0 if self.policy.stateful else self.seen
+        for keys, rotated, values, columns in parts:
+            n = keys.shape[1]
+            first = min(self.format.exact_first, n)
+            first_tokens += zip(rotated[:, :first], values[:, :first], strict=True)
+            keys, rotated, values = (x[:, first:].transpose(1, 2) for x in (keys, rotated, values))
+            prompt = Prompt(
+                keys,
+                rotated,
+                values,
+                lambda last, columns=columns, first=first: columns(last)[..., first:],  # type: ignore[misc]
+            )
+            kept = self.policy.compress(prompt)
+            rows.append(kept_rows(prompt, kept))
+            self._settled = min(self._settled, n) if kept is None else 0
+        if self.format.exact_first:
+            self._first = FirstTokens(first_tokens)
+        append_rows(self.pages, rows, self.format.exact_first)
 
     def _append(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
         t = keys.shape[1]
@@ -310,12 +334,11 @@ class LayerCache:
         )
         self.seen += t
 
-    def _step(self, q: Tensor, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
+    def _step(self, q: Tensor, keys: Tensor, rotated: Tensor, values: Tensor) -> State:
         """A few tokens: into the pages first, then one read of the pages for all of them."""
-        b, h, g, d = self._shape
-        t = q.shape[1]
+        g = self._shape[2]
         self._append(keys, rotated, values)
-        rows = q.view(b, t, g, h // g, d).transpose(1, 2).reshape(b * g, t, h // g, d)
+        rows = query_rows(q, g)
         o, lse = ops.paged_attention(
             rows,
             self.pages,
@@ -325,46 +348,23 @@ class LayerCache:
             cos=self._cos,
             sin=self._sin,
         )
-        return self._merged(q, State(self._heads(o), self._heads(lse)))
+        return self._merged(q, State(all_heads(o, g), all_heads(lse, g)))
 
-    def _continue(self, q: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
+    def _continue(self, q: Tensor, rotated: Tensor, values: Tensor) -> State:
         """Many tokens after others: to what is held, and causally to each other."""
-        b, h, g, d = self._shape
-        t = q.shape[1]
-        keys, held_values = self._read()
-        lengths = self.pages.lengths[:, 0]
-        held = torch.arange(keys.shape[1]) < lengths.unsqueeze(-1)
-        rows = q.view(b, t, g, h // g, d).transpose(1, 2).reshape(1, b * g * t, h // g, d)
-        past = ops.block_attention(
-            rows,
-            keys[held].view(1, -1, 1, d),
-            held_values[held].view(1, -1, 1, d),
-            causal=False,
-            scale=self._scale,
-            return_lse=True,
-            cu_seqlens_q=torch.arange(0, b * g * t + 1, t, dtype=torch.int32),
-            cu_seqlens_k=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-        )
+        past = attend_all(q, *self._read(), self.pages.lengths[:, 0], self._scale)
         own = State(*ops.block_attention(q, rotated, values, scale=self._scale, return_lse=True))
-        earlier = State(*(self._heads(x.view(b * g, t, *x.shape[2:])) for x in past))
-        return self._merged(q, State(*ops.merge_states(*own, *earlier)))
+        return self._merged(q, State(*ops.merge_states(*own, *past)))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """``[b g, t, h / g, ...] -> [b, t, h, ...]``."""
-        b, h, g, _ = self._shape
-        x = x.view(b, g, *x.shape[1:]).transpose(1, 2)
-        return x.reshape(b, x.shape[1], h, *x.shape[4:])
-
-    def _merged(self, q: Tensor, state: State) -> Tensor:
-        """The output, with what is held elsewhere than in pages."""
+    def _merged(self, q: Tensor, state: State) -> State:
+        """With what is held elsewhere than in pages."""
         more = [self.policy.elsewhere(q, self._scale)]
-        if self._exact is not None:
-            options: dict[str, Any] = {"causal": False, "scale": self._scale, "return_lse": True}
-            more.append(State(*ops.block_attention(q, *self._exact, **options)))
+        if self._first is not None:
+            more.append(self._first.attend(q, self._scale))
         for other in more:
             if other is not None:
                 state = State(*ops.merge_states(*state, *other))
-        return state.o
+        return state
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values of every row: ``[b g, n, d]``; zeros past a row's length."""
@@ -379,19 +379,19 @@ class LayerCache:
             keys = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(keys.dtype)
         return keys, values
 
-    def _trim(self, q: Tensor) -> bool:
+    def _trim(self, step: _Step) -> bool:
         """Let the policy drop tokens after a step; whether it did."""
         b, _, g, d = self._shape
         lengths = self.pages.lengths.view(b, g).long()
 
-        def columns() -> Tensor:
-            return held_scores(q, self._read()[0].view(b, g, -1, d), lengths, self._scale)
-
         def read() -> tuple[Tensor, Tensor]:
-            keys, values = ops.kv_read(self.pages)
+            keys, values = self._read()
             return keys.view(b, g, -1, d), values.view(b, g, -1, d)
 
-        mask = self.policy.trim(Held(lengths, q.shape[1], columns, read))
+        def columns() -> Tensor:
+            return held_scores(*step, read()[0], lengths, self._scale)
+
+        mask = self.policy.trim(Held(lengths, step.q.shape[1], columns, read))
         if mask is None:
             return False
         kept = kept_tokens(mask.flatten(0, 1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openwork.kvcache.budgets import keep_even
-from openwork.kvcache.eviction import check_pool, window_scores
+from openwork.kvcache.eviction import check_window, window_scores
 from openwork.kvcache.policy import Kept, LayerPolicy, Prompt
 
 
@@ -120,16 +120,12 @@ class EMS(LayerPolicy):
     pool: int = 5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.window < self.budget:
-            raise ValueError(
-                f"EMS: window must be in 1 .. budget - 1, got {self.window} of {self.budget}"
-            )
+        check_window("EMS", self.budget, self.window, self.pool)
         if self.merge_ratio < 0 or not -1 <= self.threshold <= 1:
             raise ValueError(
                 "EMS: merge_ratio of at least 0 and threshold in -1 .. 1 expected, got "
                 f"{self.merge_ratio} and {self.threshold}"
             )
-        check_pool("EMS", self.pool)
 
     def layer(self, index: int) -> LayerPolicy:
         return self

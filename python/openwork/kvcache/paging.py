@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from openwork.kvcache.eviction import Recency
-from openwork.kvcache.policy import Held, Kept, LayerPolicy, PageChoice, Prompt
+from openwork.kvcache.policy import LayerPolicy, PageChoice
+from openwork.kvcache.streaming import StreamingLayer, heads_of
 
 
 class _PagesLayer(LayerPolicy):
@@ -41,6 +41,13 @@ class Quest:
     reduce: Literal["max", "sum"] = "max"
     method: Literal["flat", "chunks"] = "chunks"
 
+    def __post_init__(self) -> None:
+        if self.budget < 1 or self.dense_layers < 0:
+            raise ValueError(
+                "Quest: budget of at least 1 and dense_layers of at least 0 expected, got "
+                f"{self.budget} and {self.dense_layers}"
+            )
+
     def layer(self, index: int) -> LayerPolicy:
         if index < self.dense_layers:
             return LayerPolicy()
@@ -71,35 +78,16 @@ class LServe:
     recent: int = 256
     refresh: int = 4
 
+    def __post_init__(self) -> None:
+        if self.budget < 1 or self.refresh < 1:
+            raise ValueError(
+                "LServe: budget and refresh of at least 1 expected, got "
+                f"{self.budget} and {self.refresh}"
+            )
+
     def layer(self, index: int) -> LayerPolicy:
-        return _StreamingLayer(self, self.retrieval[index])
-
-
-class _StreamingLayer(LayerPolicy):
-    def __init__(self, policy: LServe, retrieval: Tensor) -> None:
-        self.pages = PageChoice(policy.budget, refresh=policy.refresh, method="chunks")
-        self._retrieval = retrieval.view(1, -1, 1)
-        self._streaming = Recency(policy.sinks, policy.recent)
-
-    def compress(self, prompt: Prompt) -> Kept | None:
-        kept = self._streaming.compress(prompt)
-        return None if kept is None else Kept(kept.mask | self._retrieval)
-
-    def trim(self, held: Held) -> Tensor | None:
-        return trim_streaming(held, self._retrieval, self._streaming)
-
-
-def trim_streaming(held: Held, retrieval: Tensor, streaming: Recency) -> Tensor | None:
-    """What heads that stream keep of the tokens held, and the others all; None for everything.
-
-    Args:
-        held: the tokens.
-        retrieval: ``[1, g, 1]`` bool, true for heads that keep everything.
-        streaming: what the others keep.
-    """
-    too_long = (held.lengths > streaming.budget) & ~retrieval.squeeze(-1)
-    if not bool(too_long.any()):
-        return None
-    places = held.places()
-    first = torch.arange(places.shape[-1]) < streaming.sinks
-    return (places >= 0) & (first | (places < streaming.recent) | retrieval)
+        return StreamingLayer(
+            heads_of("LServe", self.retrieval, index),
+            Recency(self.sinks, self.recent),
+            PageChoice(self.budget, refresh=self.refresh, method="chunks"),
+        )

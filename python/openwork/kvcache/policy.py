@@ -5,7 +5,7 @@ A cache asks the policy of each layer four things::
     compress   once, after a prompt: which of its tokens to keep
     select     before each step: which pages to read
     trim       after each step: which of the tokens held to keep
-    elsewhere  at each step: attention to what is not held as tokens
+    elsewhere  at each step: attention to what the policy holds itself
 
 and a policy answers each from keys, values and scores alone; it never reads pages itself.
 """
@@ -25,13 +25,14 @@ class Prompt:
     """A prompt in one layer.
 
     Attributes:
-        keys: ``[b, g, n, d]``, rotated if the cache holds rotated ones.
+        keys: ``[b, g, n, d]``, as the cache holds them; ``rotated`` after rotation.
         values: ``[b, g, n, dv]``.
         columns: with w, for each key the sum over the last w queries, or all with 0, of the
             probabilities they attend to it with: ``[b, h, n]`` float32.
     """
 
     keys: Tensor
+    rotated: Tensor
     values: Tensor
     columns: Callable[[int], Tensor]
 
@@ -65,8 +66,9 @@ class Held:
         lengths: ``[b, g]`` int64, tokens of each head; ``n`` is the largest of them.
         new: tokens of the step.
         columns: for each token held, the sum over the step's queries of the probabilities they
-            attend to it with: ``[b, h, n]`` float32, 0 past a head's length.
-        read: keys ``[b, g, n, d]`` and values ``[b, g, n, dv]``, anything past a head's length.
+            attended to it with: ``[b, h, n]`` float32, 0 past a head's length.
+        read: keys ``[b, g, n, d]``, rotated, and values ``[b, g, n, dv]``; anything past a head's
+            length.
     """
 
     lengths: Tensor
@@ -121,14 +123,26 @@ class LayerPolicy:
 
     Attributes:
         pages: which pages steps read; None for all.
-        stateful: whether it keeps account of the tokens of all sequences between calls.
+        stateful: whether it keeps account of tokens between calls.
+        holds: whether it holds tokens itself, which :meth:`elsewhere` attends to.
     """
 
     pages: PageChoice | None = None
     stateful: bool = False
+    holds: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it holds itself."""
+        return 0
 
     def compress(self, prompt: Prompt) -> Kept | None:
-        """Which tokens of a prompt to keep; None for all."""
+        """Which tokens of a prompt to keep; None for all.
+
+        Called once for all sequences, or, where they differ in length, once for each in their
+        order: a policy that keeps account of tokens adds these sequences to those it has. A prompt
+        may be empty.
+        """
         return None
 
     def trim(self, held: Held) -> Tensor | None:
@@ -136,7 +150,7 @@ class LayerPolicy:
         return None
 
     def elsewhere(self, q: Tensor, scale: float) -> State | None:
-        """Attention of ``q [b, t, h, d]`` to what stands for dropped tokens; None for none."""
+        """Attention of ``q [b, t, h, d]`` to what it holds itself; None for nothing."""
         return None
 
     def reorder(self, order: Tensor) -> None:

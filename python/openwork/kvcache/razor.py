@@ -10,8 +10,8 @@ from torch import Tensor
 
 from openwork.attention.probe import each_layer, row_lse
 from openwork.kvcache.eviction import Recency
-from openwork.kvcache.paging import trim_streaming
 from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt, State
+from openwork.kvcache.streaming import StreamingLayer, heads_of
 from openwork.models import Llama
 
 
@@ -38,37 +38,40 @@ class Razor:
     compensation: bool = True
 
     def layer(self, index: int) -> LayerPolicy:
-        return _RazorLayer(self, self.retrieval[index])
+        kind = _RazorLayer if self.compensation else StreamingLayer
+        return kind(heads_of("Razor", self.retrieval, index), Recency(self.sinks, self.recent))
 
 
-class _RazorLayer(LayerPolicy):
-    def __init__(self, policy: Razor, retrieval: Tensor) -> None:
-        self._retrieval = retrieval.view(1, -1, 1)
-        self._streaming = Recency(policy.sinks, policy.recent)
-        self._gone = Compensation() if policy.compensation else None
-        self.stateful = policy.compensation
+class _RazorLayer(StreamingLayer):
+    """Streaming heads with a compensation token each."""
+
+    stateful = holds = True
+
+    def __init__(self, retrieval: Tensor, streaming: Recency) -> None:
+        super().__init__(retrieval, streaming)
+        self._gone = Compensation()
+
+    @property
+    def nbytes(self) -> int:
+        return self._gone.nbytes
 
     def compress(self, prompt: Prompt) -> Kept | None:
-        kept = self._streaming.compress(prompt)
-        if kept is None:
-            return None
-        mask = kept.mask | self._retrieval
-        if self._gone is not None:
-            self._gone.add(prompt.keys, prompt.values, ~mask)
-        return Kept(mask)
+        kept = super().compress(prompt)
+        mask = torch.ones(prompt.keys.shape[:3], dtype=torch.bool) if kept is None else kept.mask
+        self._gone.extend(prompt.rotated, prompt.values, ~mask)
+        return kept
 
     def trim(self, held: Held) -> Tensor | None:
-        mask = trim_streaming(held, self._retrieval, self._streaming)
-        if mask is not None and self._gone is not None:
+        mask = super().trim(held)
+        if mask is not None:
             self._gone.add(*held.read(), ~mask & (held.places() >= 0))
         return mask
 
     def elsewhere(self, q: Tensor, scale: float) -> State | None:
-        return None if self._gone is None else self._gone.state(q, scale)
+        return self._gone.state(q, scale)
 
     def reorder(self, order: Tensor) -> None:
-        if self._gone is not None:
-            self._gone.reorder(order)
+        self._gone.reorder(order)
 
 
 class Compensation:
@@ -78,34 +81,39 @@ class Compensation:
     """
 
     def __init__(self) -> None:
-        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sums: tuple[Tensor, ...] = ()  # [b, g, d], [b, g, dv] and [b, g], float64
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self._sums)
 
     def add(self, keys: Tensor, values: Tensor, dropped: Tensor) -> None:
-        """Account for tokens.
+        """Account for tokens of the sequences that are there.
 
         Args:
-            keys: ``[b, g, n, d]``.
+            keys: ``[b, g, n, d]``, rotated.
             values: ``[b, g, n, dv]``.
             dropped: ``[b, g, n]`` bool.
         """
-        weight = dropped.double().unsqueeze(-2)
-        more = (
-            (weight @ keys.masked_fill(~dropped.unsqueeze(-1), 0).double()).squeeze(-2),
-            (weight @ values.masked_fill(~dropped.unsqueeze(-1), 0).double()).squeeze(-2),
-            dropped.sum(-1).double(),
-        )
-        before = self._sums or tuple(map(torch.zeros_like, more))
-        self._sums = more[0] + before[0], more[1] + before[1], more[2] + before[2]
+        more = _sums(keys, values, dropped)
+        if self._sums:
+            more = tuple(a + b for a, b in zip(self._sums, more, strict=True))
+        self._sums = more
+
+    def extend(self, keys: Tensor, values: Tensor, dropped: Tensor) -> None:
+        """Account for tokens, as in :meth:`add`, of further sequences."""
+        more = _sums(keys, values, dropped)
+        if self._sums:
+            more = tuple(torch.cat(pair) for pair in zip(self._sums, more, strict=True))
+        self._sums = more
 
     def reorder(self, order: Tensor) -> None:
         """Let sequence ``i`` have the means of ``order[i]``."""
-        if self._sums is not None:
-            keys, values, count = self._sums
-            self._sums = keys[order], values[order], count[order]
+        self._sums = tuple(x[order] for x in self._sums)
 
     def state(self, q: Tensor, scale: float) -> State | None:
         """Attention of ``q [b, t, h, d]`` to the means; None before anything was dropped."""
-        if self._sums is None:
+        if not self._sums or not bool(self._sums[2].any()):
             return None
         keys, values, count = self._sums
         mean = count.clamp(min=1).unsqueeze(-1)
@@ -119,6 +127,16 @@ class Compensation:
             o.masked_fill((count == 0).view(b, 1, g, 1, 1), 0).reshape(b, t, h, -1),
             lse.reshape(b, t, h),
         )
+
+
+def _sums(keys: Tensor, values: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
+    """Of the keys and values of dropped tokens, and their number."""
+    weight = dropped.double().unsqueeze(-2)
+    keys, values = (
+        (weight @ x.masked_fill(~dropped.unsqueeze(-1), 0).double()).squeeze(-2)
+        for x in (keys, values)
+    )
+    return keys, values, dropped.sum(-1).double()
 
 
 @torch.inference_mode()

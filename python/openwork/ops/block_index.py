@@ -25,6 +25,7 @@ def block_index(
     slashes: Tensor | None = None,
     windows: Tensor,
     sinks: Tensor,
+    causal: bool = True,
     block_m: int = 64,
     block_n: int = 64,
 ) -> BlockIndex:
@@ -35,7 +36,8 @@ def block_index(
     it begins before ``sinks[x]``, if ``0 <= p - j < windows[x]`` or ``slashes[s, x, p - j]`` for
     one of its queries p and keys j, or if ``columns`` marks all its keys. It lists as single keys
     the marked columns of other blocks, up to its last query. So the result holds all that is
-    marked, and of a slash or a window the whole blocks it meets.
+    marked, and of a slash or a window the whole blocks it meets. Without ``causal`` what is behind
+    the last query is listed too, where blocks, sinks or columns mark it.
 
     Args:
         cu_seqlens_q: ``[sequences + 1]`` int32: offsets of each sequence's queries.
@@ -46,6 +48,7 @@ def block_index(
         slashes: ``[sequences, heads, max_k]`` bool: distances p - j, or None.
         windows: ``[heads]`` int32: nearest distances that are always listed; 0 for none.
         sinks: ``[heads]`` int32: first keys that are always listed.
+        causal: whether what is behind a block's last query is left out.
         block_m: queries of a block: a multiple of 16 in 16 .. 128.
         block_n: keys of a block, alike.
 
@@ -64,7 +67,7 @@ def block_index(
         ([[0, 1, 3, 5, 7]], [0, 0, 1, 0, 2, 0, 3])
     """
     rows = int((cu_seqlens_q.diff() + block_m - 1).div(block_m, rounding_mode="floor").sum())
-    marks = (cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows, sinks)
+    marks = (cu_seqlens_q, cu_seqlens_k, blocks, columns, slashes, windows, sinks, causal)
     indptr, column_indptr = _offsets(*marks, block_m, block_n, rows)
     nnz, column_nnz = int(indptr[-1, -1]), int(column_indptr[-1, -1])
     indices, singles = _lists(
@@ -138,6 +141,7 @@ def _offsets_fake(
     slashes: Tensor | None,
     windows: Tensor,
     sinks: Tensor,
+    causal: bool,
     block_m: int,
     block_n: int,
     rows: int,

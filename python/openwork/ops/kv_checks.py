@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kv_format import CODE_BITS, GROUPS, codes_shape, grid_shape
 from .checks import check, check_float, check_operand, dtype_name
 
 _SIDE_INTS = 8
 _FORMAT_INTS = 3 + 2 * _SIDE_INTS
-_GROUPS = (32, 64, 128)
-_LINES = {8: 4, 4: 2, 3: 3, 2: 1}
 
 
 @dataclass
@@ -58,7 +57,7 @@ def _check_side(op: str, part: str, numbers: list[int], page_size: int) -> SideS
     d, bits, axis, group, window, step, outliers, codebook = numbers
     check(1 <= d <= 1024, f"{op}: {part} must have d in 1 .. 1024, got {d}")
     check(
-        bits in (32, 16, *_LINES),
+        bits in (32, 16, *CODE_BITS),
         f"{op}: {part} must have 32, 16, 8, 4, 3 or 2 bits, got {bits}",
     )
     if bits >= 16:
@@ -66,7 +65,7 @@ def _check_side(op: str, part: str, numbers: list[int], page_size: int) -> SideS
     check(axis in (0, 1), f"{op}: {part} must have axis 0 (channel) or 1 (token), got {axis}")
     if axis == 0:
         check(
-            group in _GROUPS and page_size % group == 0,
+            group in GROUPS and page_size % group == 0,
             f"{op}: {part} must have groups of 32, 64 or 128 tokens that divide page_size = "
             f"{page_size}, got {group}",
         )
@@ -76,7 +75,7 @@ def _check_side(op: str, part: str, numbers: list[int], page_size: int) -> SideS
         )
     else:
         check(
-            group in (*_GROUPS, d),
+            group in (*GROUPS, d),
             f"{op}: {part} must have groups of 32, 64, 128 or d = {d} channels, got {group}",
         )
         check(step >= 1, f"{op}: {part} must have a step of at least 1, got {step}")
@@ -125,14 +124,9 @@ def _read_side(
         return pages, tail_len
     reader.take(f"{part}_committed", torch.int32, rows)
     pages = _size(reader.rest[0], 0, 1) if keys else pages
-    block_k = 32 if side.bits == 3 else 16
-    panels = page_size // 32 if keys else -(-d // 32)
-    blocks = -(-d // block_k) if keys else page_size // block_k
-    shape = [pages, panels, blocks, 2, _LINES[side.bits], 16, 4]
-    reader.take(f"{part}_codes", torch.uint8, shape)
-    grid = [page_size // side.group_size, d]
-    if side.axis == 1:
-        grid = [-(-d // side.group_size), page_size]
+    shape = codes_shape(keys, side.bits, d, page_size)
+    reader.take(f"{part}_codes", torch.uint8, [pages, *shape])
+    grid = grid_shape(side.axis == 0, side.group_size, d, page_size)
     reader.take(f"{part}_scales", dtype, [pages, *grid])
     reader.take(f"{part}_mins", dtype, [pages, *grid])
     tail_len = tail_len or (_size(reader.rest[0], 2, 4) if reader.rest[0].dim() == 4 else 0)
@@ -163,7 +157,7 @@ def check_kv_pages(op: str, tensors: list[Tensor], numbers: list[int]) -> PageSi
         f"{op}: format must hold {_FORMAT_INTS} numbers, got {len(numbers)}",
     )
     page_size = numbers[0]
-    check(page_size in _GROUPS, f"{op}: page_size must be 32, 64 or 128, got {page_size}")
+    check(page_size in GROUPS, f"{op}: page_size must be 32, 64 or 128, got {page_size}")
     keys = _check_side(op, "keys", numbers[1 : 1 + _SIDE_INTS], page_size)
     values = _check_side(op, "values", numbers[1 + _SIDE_INTS : -2], page_size)
     bounds, positions = numbers[-2] != 0, numbers[-1] != 0

@@ -13,7 +13,7 @@ from .kv_checks import PageSizes, check_kv_pages
 
 _paged_attention = torch.ops.openwork.paged_attention.default
 
-_MAX_QUERIES = 8
+MAX_QUERIES = 8
 _MAX_D = 256
 
 
@@ -116,7 +116,7 @@ def _check_queries(op: str, q: Tensor, sizes: PageSizes) -> None:
         f"got {list(q.shape)}",
     )
     t, h = q.shape[1:3]
-    check(t <= _MAX_QUERIES, f"{op}: q must have at most {_MAX_QUERIES} tokens, got {t}")
+    check(t <= MAX_QUERIES, f"{op}: q must have at most {MAX_QUERIES} tokens, got {t}")
     g = sizes.kv_heads
     check(
         h >= 1 and g >= 1 and h % g == 0,

@@ -22,6 +22,7 @@ def index_mask(
     slashes: Tensor | None,
     window: int,
     sinks: int,
+    causal: bool,
     block_m: int,
     block_n: int,
 ) -> tuple[Tensor, Tensor]:
@@ -38,19 +39,19 @@ def index_mask(
         positions = [p for p in positions if p >= 0]
         for c in range(key_blocks):
             keys = range(c * block_n, min(sk, (c + 1) * block_n))
-            if not positions or keys[0] > positions[-1]:
+            if causal and (not positions or keys[0] > positions[-1]):
                 continue
             near = {p - j for p in positions for j in keys if p >= j}
             listed[r, c] = (
                 keys[0] < sinks
-                or min(near) < window
+                or min(near, default=window) < window
                 or (blocks is not None and bool(blocks[r, c]))
                 or (slashes is not None and any(bool(slashes[t]) for t in near))
                 or (columns is not None and all(bool(columns[j]) for j in keys))
             )
             if columns is not None and not listed[r, c]:
                 for j in keys:
-                    single[r, j] = bool(columns[j]) and j <= positions[-1]
+                    single[r, j] = bool(columns[j]) and (not causal or j <= positions[-1])
     return listed, single
 
 
@@ -62,6 +63,7 @@ def _all_masks(
     slashes: Tensor | None,
     windows: Tensor,
     sinks: Tensor,
+    causal: bool,
     block_m: int,
     block_n: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,6 +79,7 @@ def _all_masks(
                 None if slashes is None else slashes[s, x],
                 int(windows[x]),
                 int(sinks[x]),
+                causal,
                 block_m,
                 block_n,
             )
@@ -96,7 +99,7 @@ def _indptr(rows: list[Tensor], heads: int) -> Tensor:
 
 def offsets_reference(*args: Any) -> tuple[Tensor, Tensor]:
     """indptr and column_indptr, counted in the masks."""
-    rows = list(_all_masks(*args[:9]))
+    rows = list(_all_masks(*args[:10]))
     heads = len(args[5])
     return (
         _indptr([listed for listed, _ in rows], heads),
@@ -106,7 +109,7 @@ def offsets_reference(*args: Any) -> tuple[Tensor, Tensor]:
 
 def lists_reference(*args: Any) -> tuple[Tensor, Tensor]:
     """indices and columns, read off the masks."""
-    rows = list(_all_masks(*args[:9]))
+    rows = list(_all_masks(*args[:10]))
     return _numbers([listed for listed, _ in rows]), _numbers([single for _, single in rows])
 
 
@@ -153,7 +156,8 @@ def _marks(
     windows = torch.arange(heads).mul(7).int()
     sinks = torch.arange(heads).flip(0).int()
     q_offsets, k_offsets = _offsets(*q_lengths), _offsets(*k_lengths)
-    return (q_offsets, k_offsets, blocks, columns, slashes, windows, sinks, block_m, block_n)
+    marks = (q_offsets, k_offsets, blocks, columns, slashes, windows, sinks)
+    return (*marks, True, block_m, block_n)
 
 
 def _index_samples() -> Iterator[Sample]:
@@ -169,21 +173,27 @@ def _index_samples() -> Iterator[Sample]:
         args = _marks(q_lengths, k_lengths, heads, block_m, block_n, share)
         yield Sample(f"{q_lengths}-{k_lengths}-{heads}-{block_m}x{block_n}", args)
     args = _marks([50], [60], 2, 16, 16, 0.1)
-    q_offsets, k_offsets, *_, windows, sinks, block_m, block_n = args
-    bare = (q_offsets, k_offsets, None, None, None, windows, sinks, block_m, block_n)
+    q_offsets, k_offsets, *_, windows, sinks, causal, block_m, block_n = args
+    bare = (q_offsets, k_offsets, None, None, None, windows, sinks, causal, block_m, block_n)
     yield Sample("window-and-sinks", bare)
     for i, name in enumerate(("blocks", "columns", "slashes")):
         only: list[Tensor | None] = [None, None, None]
         only[i] = args[2 + i]
-        yield Sample(name, (q_offsets, k_offsets, *only, windows, sinks, block_m, block_n))
+        sizes = (windows, sinks, causal, block_m, block_n)
+        yield Sample(name, (q_offsets, k_offsets, *only, *sizes))
+    for q_lengths, k_lengths in (([33, 1, 80], [33, 50, 97]), ([40, 20], [17, 20])):
+        args = _marks(q_lengths, k_lengths, 2, 32, 16, 0.1)
+        yield Sample(f"whole-{q_lengths}-{k_lengths}", (*args[:7], False, *args[8:]))
 
 
 def _rows(args: tuple[Any, ...]) -> int:
-    return int((-(-args[0].diff() // args[7])).sum())
+    return int((-(-args[0].diff() // args[8])).sum())
 
 
 def _as_index(*args: Any) -> BlockIndex:
-    q_offsets, k_offsets, blocks, columns, slashes, windows, sinks, block_m, block_n = args[:9]
+    q_offsets, k_offsets, blocks, columns, slashes, windows, sinks, causal, block_m, block_n = args[
+        :10
+    ]
     return block_index(
         q_offsets,
         k_offsets,
@@ -192,6 +202,7 @@ def _as_index(*args: Any) -> BlockIndex:
         slashes=slashes,
         windows=windows,
         sinks=sinks,
+        causal=causal,
         block_m=block_m,
         block_n=block_n,
     )
@@ -199,11 +210,11 @@ def _as_index(*args: Any) -> BlockIndex:
 
 def _raw_offsets(sample: Sample) -> tuple[Any, ...]:
     args = sample.args
-    return args if len(args) == 10 else (*args, _rows(args))
+    return args if len(args) == 11 else (*args, _rows(args))
 
 
 def _raw_lists(sample: Sample) -> tuple[Any, ...]:
-    if len(sample.args) == 14:
+    if len(sample.args) == 15:
         return sample.args
     args = _raw_offsets(sample)
     indptr, column_indptr = torch.ops.openwork.block_index_offsets(*args)
@@ -211,7 +222,7 @@ def _raw_lists(sample: Sample) -> tuple[Any, ...]:
 
 
 def _offsets_op(*args: Any) -> tuple[Tensor, ...]:
-    if len(args) == 10:
+    if len(args) == 11:
         found: tuple[Tensor, ...] = torch.ops.openwork.block_index_offsets(*args)
         return found
     raw = _raw_offsets(Sample("", args))
@@ -223,7 +234,7 @@ def _offsets_op(*args: Any) -> tuple[Tensor, ...]:
 
 def _lists_op(*args: Any) -> tuple[Tensor, ...]:
     found: tuple[Tensor, ...] = torch.ops.openwork.block_index_lists(*_raw_lists(Sample("", args)))
-    if len(args) == 9:
+    if len(args) == 10:
         index = _as_index(*args)
         assert torch.equal(index.indices, found[0])
         assert index.columns is None or torch.equal(index.columns, found[1])
@@ -238,14 +249,14 @@ def _index_rejects() -> Iterator[tuple[str, tuple[Any, ...], str, bool]]:
 
     q_offsets, k_offsets, blocks, columns, _, windows, _, *_ = good
     few, near = blocks[..., :4].contiguous(), columns[..., 1:].contiguous()
-    yield "block_m", changed(7, 24), "block_m must be a multiple of 16 in 16 .. 128, got 24", False
-    yield "block_n", changed(8, 0), "block_n must be a multiple of 16", False
+    yield "block_m", changed(8, 24), "block_m must be a multiple of 16 in 16 .. 128, got 24", False
+    yield "block_n", changed(9, 0), "block_n must be a multiple of 16", False
     yield "offsets dtype", changed(0, q_offsets.long()), "cu_seqlens_q must be int32", False
     yield "offsets", changed(1, k_offsets.flip(0)), "cu_seqlens_k must rise from 0", True
     yield "count", changed(1, _offsets(40, 40)), "keys must come in 1 sequences", False
     yield "windows", changed(5, windows.view(1, 2)), "windows must be [heads]", False
     yield "sinks", changed(6, windows[:1]), "sinks must have shape [2], got [1]", False
-    yield "rows", changed(9, 6), "rows must be the 5 blocks of queries, got 6", True
+    yield "rows", changed(10, 6), "rows must be the 5 blocks of queries, got 6", True
     yield "blocks", changed(2, few), "blocks must have shape [1, 2, 5, 5]", True
     yield "columns", changed(3, columns.int()), "columns must be bool, got int32", False
     yield "slashes", changed(4, near), "slashes must have shape [1, 2, 80]", True
@@ -261,7 +272,7 @@ def _lists_rejects() -> Iterator[Reject]:
     for name, args, message, of_values in _index_rejects():
         if name == "rows":  # which the shape of indptr follows
             message, of_values = "indptr must have shape [2, 7], got [2, 6]", False
-        yield Reject(name, (*args, *good[10:]), {}, message, of_values)
+        yield Reject(name, (*args, *good[11:]), {}, message, of_values)
     *start, indptr, column_indptr, nnz, column_nnz = good
     wrong = indptr.clone()
     wrong[0, 1] += 1

@@ -20,23 +20,23 @@ Part = Literal["keys", "values"]
 
 
 def codes_of(codes: Tensor, bits: int) -> Tensor:
-    """``[pages, 32 * panels, k]`` int64: the codes in packed lines (csrc/core/kv_pages.h).
+    """``[pages, 32 * panels, k]`` uint8: the codes in packed lines (csrc/core/code_lines.h).
 
-    ``codes`` is ``[pages, panels, k_blocks, 2 halves, lines, 16 n, 4 bytes]``.
+    ``codes`` is ``[pages, panels, k_blocks, 2 halves, lines, 16 n, 4 bytes]`` uint8.
     """
     pages, panels, blocks = codes.shape[:3]
-    wide = codes.long()
+    lines = codes.unbind(4)
     subs = []  # 4 consecutive k of every n each
     if bits == 3:
         for j in range(8):
-            code = wide[:, :, :, :, j // 3] >> 3 * (j % 3)
+            code = lines[j // 3] >> 3 * (j % 3)
             if j % 3 == 2:
-                code = code & 3 | (wide[:, :, :, :, 2] >> 6 + j // 3 & 1) << 2
+                code = code & 3 | (lines[2] >> 6 + j // 3 & 1) << 2
             subs.append(code & 7)
     else:
         for sub in range(4):
             line, place = divmod(sub * bits, 8)
-            subs.append(wide[:, :, :, :, line] >> place & 2**bits - 1)
+            subs.append(lines[line] >> place & 2**bits - 1)
     unpacked = torch.stack(subs, 5)  # pages, panels, blocks, halves, n, sub, byte
     return unpacked.permute(0, 1, 3, 4, 2, 5, 6).reshape(pages, panels * 32, blocks * 4 * len(subs))
 
@@ -50,7 +50,7 @@ def dequantized_pages(pages: KVPages, part: Part, ids: Tensor) -> Tensor:
         return rows
     codes = codes_of(side.codes[ids], fmt.bits)
     codes = codes[..., :d] if part == "keys" else codes[:, :d].transpose(1, 2)
-    levels = codes if fmt.codebook is None else torch.tensor(fmt.codebook)[codes]
+    levels = codes if fmt.codebook is None else torch.tensor(fmt.codebook)[codes.long()]
     grids = []
     for pool in (side.scales, side.mins):
         grid = pool[ids].double().repeat_interleave(fmt.group_size, 1)
@@ -61,17 +61,19 @@ def dequantized_pages(pages: KVPages, part: Part, ids: Tensor) -> Tensor:
     return x
 
 
-def tokens_of(pages: KVPages, part: Part, row: tuple[int, int]) -> Tensor:
-    """``[length, d]`` float64 of one head: what is in pages, then what waits in the tail."""
+def tokens_of(pages: KVPages, part: Part, row: tuple[int, int], places: Tensor) -> Tensor:
+    """``[places, d]`` float64: tokens of one head, rising, in pages or waiting in the tail."""
     side = getattr(pages, part)
-    length = int(pages.lengths[row])
-    held = length if side.committed is None else int(side.committed[row])
-    ids = pages.block_table[row][: -(-held // pages.page_size)].long()
-    x = dequantized_pages(pages, part, ids).flatten(0, 1)[:held]
-    if held == length:
+    held = int((pages.lengths if side.committed is None else side.committed)[row])
+    inside, waiting = places[places < held], places[places >= held]
+    # Only pages that are asked for: of a long cache those may be few.
+    used, index = (inside // pages.page_size).unique(return_inverse=True)
+    x = dequantized_pages(pages, part, pages.block_table[row][used].long())
+    x = x[index, inside % pages.page_size]
+    if len(waiting) == 0:
         return x
     ring = side.tail[row].double()
-    return torch.cat([x, ring[torch.arange(held, length) % ring.shape[0]]])
+    return torch.cat([x, ring[waiting % ring.shape[0]]])
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -110,16 +112,15 @@ def paged_attention_reference(
     lse = torch.full((b, t, h), -math.inf, dtype=torch.float64)
     factor = 1 / math.sqrt(d) if scale is None else scale
     for row in itertools.product(range(b), range(pages.lengths.shape[1])):
-        keys, values = (tokens_of(pages, part, row) for part in ("keys", "values"))
+        length = int(pages.lengths[row])
+        places = _attended(pages, row, t, selected).nonzero()[:, 0]
+        keys, values = (tokens_of(pages, part, row, places) for part in ("keys", "values"))
         values = values.abs() if magnitudes else values
         if cos is not None and sin is not None:
-            at = torch.arange(len(keys))
-            if pages.positions is not None:
-                at = pages.positions[row][: len(keys)].long()
+            at = places if pages.positions is None else pages.positions[row][places].long()
             keys = _rotated(keys, cos[at].double(), sin[at].double())
         for query in range(t):
-            seen = _attended(pages, row, t, selected)
-            seen[max(len(keys) - t + query + 1, 0) :] = False
+            seen = places <= length - t + query
             if not seen.any():
                 continue
             heads = slice(row[1] * group, (row[1] + 1) * group)
