@@ -9,18 +9,6 @@ namespace {
 
 constexpr Layout kLayout = Layout::bitmask_n16k64;
 
-ValueType check_value_dtype(const char* op, const char* name, const Tensor& tensor) {
-  check_defined(op, name, tensor);
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return ValueType::f32;
-    case ScalarType::BFloat16: return ValueType::bf16;
-    case ScalarType::Char: return ValueType::i8;
-    default:
-      fail(op, ": ", name, " must be float32, bfloat16 or int8, got ",
-           dtype_name(tensor.scalar_type()));
-  }
-}
-
 SparsePattern check_pattern(const char* op, const Tensor& masks, const Tensor& offsets,
                             int64_t layout, int64_t n, int64_t k) {
   check_layout_is(op, layout, kLayout);
@@ -93,8 +81,8 @@ Tensor sparse_linear(const Tensor& x, const Tensor& masks, const Tensor& offsets
   return multiply(kOp, x, values, or_null(scales), or_null(bias), or_null(add), w);
 }
 
-// The same with trainable values; its autograd formula (python/openwork/ops/sparse.py) reads the
-// transposed weight: t_masks, t_offsets, and values[order].
+// The same with trainable values; its autograd formula (python/openwork/ops/sparse_training.py)
+// reads the transposed weight: t_masks, t_offsets, and values[order].
 Tensor sparse_linear_train(const Tensor& x, const Tensor& values, const Tensor& masks,
                            const Tensor& offsets, const Tensor& t_masks, const Tensor& t_offsets,
                            const Tensor& order, int64_t layout, int64_t n, int64_t k) {

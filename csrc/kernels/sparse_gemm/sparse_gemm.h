@@ -35,12 +35,6 @@ constexpr int64_t kSparsePanel = 16;
 constexpr int64_t kSparseBlockK = 64;
 constexpr int64_t kSparseBlockSize = kSparsePanel * kSparseBlockK;
 
-enum class ValueType : int32_t { f32, bf16, i8 };
-
-OW_INLINE int64_t value_size(ValueType type) {
-  return type == ValueType::f32 ? 4 : type == ValueType::bf16 ? 2 : 1;
-}
-
 // Where elements are, apart from their values.
 struct SparsePattern {
   int64_t n, k, panels, k_blocks;

@@ -16,14 +16,6 @@ float row_element(const float* rows, int64_t m, int64_t i, int64_t k) {
   return rows[row_place(m, i, k)];
 }
 
-float read_value(const SparseGemmArgs& a, int64_t i) {
-  switch (a.value_type) {
-    case ValueType::f32: return static_cast<const float*>(a.values)[i];
-    case ValueType::bf16: return to_float(static_cast<const bf16*>(a.values)[i]);
-    default: return float(static_cast<const int8_t*>(a.values)[i]);
-  }
-}
-
 // Calls body(value index, k) for each element stored in row r of a panel, in order of k.
 template <class Body>
 void for_each_in_row(const SparsePattern& w, int64_t panel, int64_t r, const Body& body) {
@@ -50,7 +42,7 @@ void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
     for_each_output(a.w, begin, end, [&](int64_t n, int64_t panel, int64_t r) {
       float sum = 0.0f;
       for_each_in_row(a.w, panel, r, [&](int64_t value, int64_t k) {
-        sum += read_value(a, value) * row_element(a.x, a.m, i, k);
+        sum += read_value(a.values, a.value_type, value) * row_element(a.x, a.m, i, k);
       });
       if (a.scales != nullptr) sum *= a.scales[n];
       if (a.bias != nullptr) sum += read_float(a.bias, a.y_type, n);

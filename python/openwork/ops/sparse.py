@@ -17,8 +17,8 @@ from .checks import (
     check_linear_x,
     check_operand,
     check_shape,
+    check_value_type,
     check_weight_size,
-    dtype_name,
     linear_result,
 )
 
@@ -29,7 +29,6 @@ LAYOUT = "bitmask_n16k64@1"
 PANEL = 16
 _BLOCK_K = 64
 PADDING = PANEL * _BLOCK_K
-_VALUE_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def compress_sparse(
@@ -93,7 +92,8 @@ def sparse_linear(
     """Multiply by a sparse weight: ``x @ expand(weight).T + bias + add``.
 
     Reads ``weight.nbytes`` bytes of weights; fp32 sums, and one rounding to the dtype of x at the
-    end. The result does not depend on the number of threads. What is not stored takes no part: an
+    end. The result does not depend on the number of threads; that of a row may differ in its last
+    bits with the number of rows, which decides on the kernel. What is not stored takes no part: an
     infinity of x there does not become a NaN.
 
     Args:
@@ -127,7 +127,8 @@ def sparse_arguments(
     """The overload :func:`sparse_linear` calls, and what it takes after x and after add."""
     numbers = (weight.layout_id, weight.n, weight.k)
     if isinstance(weight, BlockSparseWeight):
-        return block_sparse_linear_overload, (weight.indptr, weight.indices, weight.values), numbers
+        blocks = (weight.indptr, weight.indices, weight.values, weight.scales)
+        return block_sparse_linear_overload, blocks, numbers
     tensors = (weight.masks, weight.offsets, weight.values, weight.scales)
     return sparse_linear_overload, tensors, numbers
 
@@ -137,14 +138,6 @@ def check_layout_is(op: str, layout: int, want: str) -> None:
     known = 0 <= layout < len(tags)
     got = tags[layout] if known else f"id {layout}"
     check(known and got == want, f"{op}: layout must be {want}, got {got}")
-
-
-def check_value_type(op: str, name: str, tensor: Tensor) -> None:
-    check(tensor is not None, f"{op}: {name} must be a tensor, got None")
-    check(
-        tensor.dtype in _VALUE_TYPES,
-        f"{op}: {name} must be float32, bfloat16 or int8, got {dtype_name(tensor.dtype)}",
-    )
 
 
 def pattern_shape(n: int, k: int) -> list[int]:
