@@ -84,8 +84,8 @@ class ColumnProblem(ProductProblem):
     """The dense product that ``active_linear`` takes a share of the columns of.
 
     Attributes:
-        format: dtype of the weight, or "w2", "w4", "w8": codes with a scale for each ``group_size``
-            columns.
+        format: dtype of the weight, or "w2", "w3", "w4", "w8": codes with a scale for each
+            ``group_size`` columns.
     """
 
     format: str

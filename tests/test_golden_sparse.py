@@ -61,7 +61,7 @@ def _tensors(weight: Weight) -> Arrays:
 def _restore(tag: str, arrays: Arrays) -> Weight:
     packed = {k.removeprefix("packed_"): v for k, v in arrays.items() if k.startswith("packed_")}
     if tag in BLOCK_LAYOUTS:
-        return BlockSparseWeight(**packed, layout=tag, n=N, k=K)
+        return BlockSparseWeight(**packed, scales=None, layout=tag, n=N, k=K)
     if tag not in COLUMN_LAYOUTS:
         return SparseWeight(**packed, scales=None, layout=tag, n=N, k=K)
     group_size = GROUP_SIZE if value_bits(tag) else K

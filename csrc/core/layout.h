@@ -17,6 +17,7 @@
   X(blocks_n64k64, 1, block_sparse, 0) \
   X(columns_n16k1, 1, columns, 0)      \
   X(columns2_n256k1, 1, columns, 2)    \
+  X(columns3_n160k1, 1, columns, 3)    \
   X(columns4_n128k1, 1, columns, 4)    \
   X(columns8_n64k1, 1, columns, 8)     \
   X(nm4_n16k8, 1, nm, 4)               \

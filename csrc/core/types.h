@@ -22,6 +22,13 @@ enum class FloatType : int32_t { f32, bf16, f16 };
 
 OW_INLINE int64_t float_size(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
 
+// Of the stored values of a weight.
+enum class ValueType : int32_t { f32, bf16, i8 };
+
+OW_INLINE int64_t value_size(ValueType type) {
+  return type == ValueType::f32 ? 4 : type == ValueType::bf16 ? 2 : 1;
+}
+
 OW_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 OW_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 OW_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -81,6 +88,13 @@ OW_INLINE float read_float(const void* p, FloatType type, int64_t i) {
     case FloatType::f32: return static_cast<const float*>(p)[i];
     case FloatType::bf16: return to_float(static_cast<const bf16*>(p)[i]);
     default: return to_float(static_cast<const f16*>(p)[i]);
+  }
+}
+OW_INLINE float read_value(const void* p, ValueType type, int64_t i) {
+  switch (type) {
+    case ValueType::f32: return static_cast<const float*>(p)[i];
+    case ValueType::bf16: return to_float(static_cast<const bf16*>(p)[i]);
+    default: return float(static_cast<const int8_t*>(p)[i]);
   }
 }
 OW_INLINE void write_float(void* p, FloatType type, int64_t i, float value) {

@@ -13,19 +13,11 @@ struct Columns {
 
 // Bits of the codes of a layout of columns; 0 for floats.
 int32_t column_bits(const char* op, int64_t layout) {
-  constexpr struct {
-    Layout layout;
-    int32_t bits;
-  } kBits[] = {{Layout::columns_n16k1, 0},
-               {Layout::columns2_n256k1, 2},
-               {Layout::columns4_n128k1, 4},
-               {Layout::columns8_n64k1, 8}};
-  for (const auto& known : kBits) {
-    if (layout == int64_t(known.layout)) return known.bits;
-  }
   const LayoutInfo* info = layout_info(layout);
-  if (info == nullptr) fail(op, ": layout must be one of columns, got id ", layout);
-  fail(op, ": layout must be one of columns, got ", info->text);
+  OW_CHECK(info != nullptr, op, ": layout must be one of columns, got id ", layout);
+  OW_CHECK(info->family == LayoutFamily::columns, op, ": layout must be one of columns, got ",
+           info->text);
+  return info->bits;
 }
 
 Columns check_columns_size(const char* op, int32_t bits, int64_t n, int64_t k, int64_t group_size) {
@@ -114,7 +106,8 @@ Tensor active_linear(const Tensor& x_any, const Tensor& columns,
 }
 
 int32_t check_code_bits(const char* op, int64_t bits) {
-  OW_CHECK(bits == 2 || bits == 4 || bits == 8, op, ": bits must be 2, 4 or 8, got ", bits);
+  OW_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, op,
+           ": bits must be 2, 3, 4 or 8, got ", bits);
   return int32_t(bits);
 }
 

@@ -25,16 +25,10 @@ int64_t block_of_layout(const char* op, int64_t layout) {
   fail(op, ": layout must be one of blocks, got ", info->text);
 }
 
-void check_block_values(const char* op, const char* name, const Tensor& tensor) {
-  check_defined(op, name, tensor);
-  OW_CHECK(
-      tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::BFloat16, op,
-      ": ", name, " must be float32 or bfloat16, got ", dtype_name(tensor.scalar_type()));
-}
-
 BlockSparsePackArgs check_blocks(const char* op, const Tensor& indptr, const Tensor& indices,
                                  const Tensor& values, int64_t layout, int64_t n, int64_t k) {
   BlockSparsePackArgs w{};
+  w.size = value_size(check_value_dtype(op, "values", values));
   w.block = block_of_layout(op, layout);
   check_weight_size(op, n, k);
   w.n = n;
@@ -47,7 +41,6 @@ BlockSparsePackArgs check_blocks(const char* op, const Tensor& indptr, const Ten
   const int64_t blocks = indices.size(0);
   check_shape(op, "values", values, {blocks, w.block, w.block});
   check_contiguous(op, "values", values);
-  w.size = values.scalar_type() == ScalarType::Float ? 4 : 2;
   w.indptr = static_cast<const int32_t*>(indptr.const_data_ptr());
   w.indices = static_cast<const int32_t*>(indices.const_data_ptr());
   return w;
@@ -66,12 +59,13 @@ void check_block_lists(const char* op, const BlockSparsePackArgs& w, int64_t blo
 }
 
 Tensor block_sparse_linear(const Tensor& x_any, const Tensor& indptr, const Tensor& indices,
-                           const Tensor& values, const std::optional<Tensor>& bias,
-                           const std::optional<Tensor>& add, int64_t layout, int64_t n, int64_t k) {
+                           const Tensor& values, const std::optional<Tensor>& scales,
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
+                           int64_t layout, int64_t n, int64_t k) {
   constexpr const char* kOp = "block_sparse_linear";
   check_linear_x(kOp, x_any, k);
-  check_block_values(kOp, "values", values);
   const BlockSparsePackArgs w = check_blocks(kOp, indptr, indices, values, layout, n, k);
+  if (scales.has_value()) check_operand(kOp, "scales", *scales, ScalarType::Float, {n});
   Tensor y = linear_result(kOp, x_any, n, or_null(bias), or_null(add));
   check_block_lists(kOp, w, indices.size(0));
   BlockSparseGemmArgs args{};
@@ -86,7 +80,8 @@ Tensor block_sparse_linear(const Tensor& x_any, const Tensor& indptr, const Tens
   args.indptr = w.indptr;
   args.indices = w.indices;
   args.values = values.const_data_ptr();
-  args.value_type = float_type(values);
+  args.value_type = check_value_dtype(kOp, "values", values);
+  args.scales = static_cast<const float*>(const_data(or_null(scales)));
   args.bias = const_data(or_null(bias));
   args.add = const_data(or_null(add));
   args.y = y.mutable_data_ptr();
@@ -103,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_block_sparse(const Tensor& weight_an
                                                          const Tensor& mask_any, int64_t block,
                                                          int64_t blocks) {
   constexpr const char* kOp = "compress_block_sparse";
-  check_block_values(kOp, "weight", weight_any);
+  const int64_t size = value_size(check_value_dtype(kOp, "weight", weight_any));
   OW_CHECK(weight_any.dim() == 2, kOp, ": weight must be [n, k], got ", shape_text(weight_any));
   BlockSparsePackArgs w{};
   layout_of_block(kOp, block);
@@ -139,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_block_sparse(const Tensor& weight_an
   begin[w.row_blocks] = count;
   w.indptr = begin;
   w.indices = index;
-  w.size = weight.scalar_type() == ScalarType::Float ? 4 : 2;
+  w.size = size;
   compress_blocks(w, weight.const_data_ptr(), values.mutable_data_ptr(), torch_parallel());
   return {indptr, indices, values};
 }
@@ -147,7 +142,6 @@ std::tuple<Tensor, Tensor, Tensor> compress_block_sparse(const Tensor& weight_an
 Tensor expand_block_sparse(const Tensor& indptr, const Tensor& indices, const Tensor& values,
                            int64_t layout, int64_t n, int64_t k) {
   constexpr const char* kOp = "expand_block_sparse";
-  check_block_values(kOp, "values", values);
   const BlockSparsePackArgs w = check_blocks(kOp, indptr, indices, values, layout, n, k);
   check_block_lists(kOp, w, indices.size(0));
   Tensor weight = fast_empty({n, k}, values.scalar_type());
@@ -160,8 +154,8 @@ Tensor expand_block_sparse(const Tensor& indptr, const Tensor& indices, const Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
   m.def(
-      "block_sparse_linear(Tensor x, Tensor indptr, Tensor indices, Tensor values, Tensor? bias, "
-      "Tensor? add, int layout, int n, int k) -> Tensor");
+      "block_sparse_linear(Tensor x, Tensor indptr, Tensor indices, Tensor values, Tensor? scales, "
+      "Tensor? bias, Tensor? add, int layout, int n, int k) -> Tensor");
   m.def(
       "compress_block_sparse(Tensor weight, Tensor mask, int block, int blocks) -> "
       "(Tensor indptr, Tensor indices, Tensor values)");

@@ -1,4 +1,4 @@
-// What linears share: the checks of their layout, shape, x, bias and add.
+// What linears share: the checks of their layout, shape, values, x, bias and add.
 #pragma once
 
 #include "core/layout.h"
@@ -19,6 +19,19 @@ inline void check_weight_size(const char* op, int64_t n, int64_t k) {
   constexpr int64_t kMaxSide = int64_t{1} << 31;
   OW_CHECK(n < kMaxSide && k < kMaxSide, op,
            ": weight must have fewer than 2^31 rows and columns, got n = ", n, ", k = ", k);
+}
+
+// The dtype of stored values, and of a weight to store.
+inline ValueType check_value_dtype(const char* op, const char* name, const Tensor& tensor) {
+  check_defined(op, name, tensor);
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return ValueType::f32;
+    case ScalarType::BFloat16: return ValueType::bf16;
+    case ScalarType::Char: return ValueType::i8;
+    default:
+      fail(op, ": ", name, " must be float32, bfloat16 or int8, got ",
+           dtype_name(tensor.scalar_type()));
+  }
 }
 
 inline void check_linear_x(const char* op, const Tensor& x, int64_t k) {

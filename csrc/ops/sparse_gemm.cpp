@@ -15,18 +15,6 @@ Layout check_sparse_layout(const char* op, int64_t layout) {
   return info->id;
 }
 
-ValueType check_value_dtype(const char* op, const char* name, const Tensor& tensor) {
-  check_defined(op, name, tensor);
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return ValueType::f32;
-    case ScalarType::BFloat16: return ValueType::bf16;
-    case ScalarType::Char: return ValueType::i8;
-    default:
-      fail(op, ": ", name, " must be float32, bfloat16 or int8, got ",
-           dtype_name(tensor.scalar_type()));
-  }
-}
-
 // The geometry alone.
 SparsePattern check_geometry(const char* op, int64_t layout, int64_t n, int64_t k) {
   const Layout known = check_sparse_layout(op, layout);
@@ -115,8 +103,8 @@ Tensor sparse_linear(const Tensor& x, const Tensor& index, const Tensor& offsets
   return multiply(kOp, x, values, or_null(scales), or_null(bias), or_null(add), w);
 }
 
-// The same with trainable values; its autograd formula (python/openwork/ops/sparse.py) reads the
-// transposed weight: t_index, t_offsets, and values[order].
+// The same with trainable values; its autograd formula (python/openwork/ops/sparse_training.py)
+// reads the transposed weight: t_index, t_offsets, and values[order].
 Tensor sparse_linear_train(const Tensor& x, const Tensor& values, const Tensor& index,
                            const Tensor& offsets, const Tensor& t_index, const Tensor& t_offsets,
                            const Tensor& order, int64_t layout, int64_t n, int64_t k) {

@@ -4,7 +4,7 @@
 //   kLanes              lanes of a 32-bit element
 //   VecF, VecI, Mask    floats, int32s, and a lane mask
 //   load / load_n       from float, bf16, f16; the _n form reads n lanes and zeroes the rest
-//   load (int32), gather (entries of a table of floats)
+//   load (int32; int8 as floats), gather (entries of a table of floats)
 //   store / store_n     to float, bf16, f16, rounding to nearest even
 //   set1 add sub mul fma max_ div_ sqrt_, to_int (nearest even), to_float, abs_bits, bit_and,
 //   shifts, store_i8 / store_i8_n (truncating), sum, max_of_lanes

@@ -53,6 +53,10 @@ OW_INLINE VecF load_n(const f16* p, int64_t n) { return {_mm256_cvtph_ps(load_u1
 OW_INLINE VecI load(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
+OW_INLINE VecF load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
 OW_INLINE VecF gather(const float* table, VecI at) { return {_mm256_i32gather_ps(table, at.v, 4)}; }
 
 OW_INLINE void store(float* p, VecF a) { _mm256_storeu_ps(p, a.v); }

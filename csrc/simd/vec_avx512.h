@@ -90,6 +90,9 @@ OW_INLINE void dot2(VecF& sum, __m512i a, const uint8_t* b) {
 #endif
 
 OW_INLINE VecI load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+OW_INLINE VecF load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_epi8(p)))};
+}
 OW_INLINE VecF gather(const float* table, VecI at) { return {_mm512_i32gather_ps(at.v, table, 4)}; }
 
 OW_INLINE void store(float* p, VecF a) { _mm512_storeu_ps(p, a.v); }

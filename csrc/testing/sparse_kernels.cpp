@@ -118,8 +118,8 @@ Array<float> run_sampled_gemm(const std::string& kernel, const Array<float>& g,
 
 void run_block_sparse_gemm(const std::string& kernel, const Array<float>& x,
                            const py::array& weight, int64_t block, const Array<int32_t>& indptr,
-                           const Array<int32_t>& indices, const Terms& bias, const Terms& add,
-                           Array<float> y) {
+                           const Array<int32_t>& indices, const Terms& scales, const Terms& bias,
+                           const Terms& add, Array<float> y) {
   BlockSparseGemmArgs args{};
   args.m = x.shape(0);
   args.n = weight.shape(0);
@@ -129,7 +129,8 @@ void run_block_sparse_gemm(const std::string& kernel, const Array<float>& x,
   args.k_padded = round_up(args.k, block);
   args.indptr = indptr.data();
   args.indices = indices.data();
-  args.value_type = weight.itemsize() == 4 ? FloatType::f32 : FloatType::bf16;
+  args.value_type = value_type_of(weight);
+  args.scales = data_or_null(scales);
   std::vector<uint8_t> values(size_t(indices.size() * block * block * weight.itemsize()));
   compress_blocks(
       {args.n, args.k, block, args.row_blocks, weight.itemsize(), args.indptr, args.indices},
@@ -172,9 +173,10 @@ void run_active_gemv(const std::string& kernel, const Array<float>& x, float thr
   args.type = bits != 0                 ? ColumnType::codes
               : columns.itemsize() == 4 ? ColumnType::f32
                                         : ColumnType::bf16;
-  std::vector<uint8_t> packed(size_t(k * args.n_padded * bits / 8));
+  std::vector<uint8_t> packed;
   args.columns = columns.data();
   if (bits != 0) {
+    packed.resize(size_t(k * strips_bytes(bits, args.n_padded)));
     pack_code_columns({args.n, k, args.n_padded, bits}, static_cast<const uint8_t*>(columns.data()),
                       packed.data(), serial_parallel());
     args.columns = packed.data();
@@ -204,8 +206,9 @@ void bind_sparse_kernels(py::module_& m) {
   m.def("sampled_gemm", &run_sampled_gemm, py::arg("kernel"), py::arg("g"), py::arg("x"),
         py::arg("keep"), py::arg("layout"), "(g.T @ x) [n, k] where keep, else 0.");
   m.def("block_sparse_gemm", &run_block_sparse_gemm, py::arg("kernel"), py::arg("x"),
-        py::arg("weight"), py::arg("block"), py::arg("indptr"), py::arg("indices"), py::arg("bias"),
-        py::arg("add"), py::arg("y"), "Writes y [m, n] from the blocks of weight [n, k].");
+        py::arg("weight"), py::arg("block"), py::arg("indptr"), py::arg("indices"),
+        py::arg("scales"), py::arg("bias"), py::arg("add"), py::arg("y"),
+        "Writes y [m, n] from the blocks of weight [n, k].");
   m.def("active_gemv", &run_active_gemv, py::arg("kernel"), py::arg("x"), py::arg("threshold"),
         py::arg("columns"), py::arg("bits"), py::arg("group_size"), py::arg("scales"),
         py::arg("zeros"), py::arg("y"),

@@ -44,7 +44,7 @@ from openwork.pack_quantized import (
     read_linear,
     schemes_from_config,
 )
-from openwork.prune.storage import sparse_linear, without_zeros
+from openwork.prune.storage import sparse_module, without_zeros
 from openwork.quant.grid import QuantizedTensor
 from openwork.tensorfile import write_tensors
 
@@ -81,8 +81,9 @@ def save(
     Raises:
         FileExistsError: ``directory`` is not empty, or not a directory.
         OSError: it cannot be written; nothing has changed.
-        ValueError: the configuration has no Hugging Face form, or a sparse linear holds blocks or
-            scaled values, which have none.
+        ValueError: the configuration has no Hugging Face form, or a linear is of a kind that has
+            no form in a file: with sparse blocks or scaled values, by columns, or with thresholds
+            of activations.
     """
     config, tensors, said = export(model)
     values = config_to_hf(config) | {"dtype": str(model.dtype).removeprefix("torch.")} | said
@@ -152,7 +153,7 @@ def load(
             weight = weight.to(dtype)
         with _blaming(f"{file.where}: {name}"):
             _replace(
-                model, name, sparse_linear(weight, state.get(f"{name}.bias"), own.sparse[name])
+                model, name, sparse_module(weight, state.get(f"{name}.bias"), own.sparse[name])
             )
     model.load_state_dict(state, assign=True)
     model.tie_head()

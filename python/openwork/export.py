@@ -31,7 +31,8 @@ def export(model: Llama) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Any]
         about packed linears.
 
     Raises:
-        ValueError: a sparse linear holds blocks or scaled values, which have no form in a file.
+        ValueError: a linear of a kind that has no form in a file: with sparse blocks or scaled
+            values, by columns, or with thresholds of activations.
     """
     packed = isinstance(model.head, (LowbitLinear, NmLinear, SparseLinear))
     config = replace(model.config, tied_head=model.config.tied_head and not packed)
@@ -139,21 +140,23 @@ def _dense(module: nn.Module, owner: str, kind: str) -> Tensor:
     """A parameter, or the dense form of what stands in for it.
 
     Raises:
-        ValueError: a sparse weight without one.
+        ValueError: a weight without one.
     """
     if isinstance(module, LowbitEmbedding):
         rows: Tensor = module(torch.arange(module.num_embeddings))
         return rows
-    found = getattr(module, kind)
+    found = getattr(module, kind, None)
     if isinstance(found, Tensor):
         return found.detach()
     if isinstance(found, NmWeight):
         return expand_nm(found)[0]
-    floats = isinstance(found, SparseWeight) and found.values.is_floating_point()
-    if not floats or found.scales is not None:
+    if not isinstance(found, SparseWeight):
         raise ValueError(
-            f"save: {owner} must hold single float values without scales, got {module}"
+            f"save: {owner} must be a linear with a form in a file, dense, low-bit, N:M or with "
+            f"single elements stored, got {module}"
         )
+    if not found.values.is_floating_point() or found.scales is not None:
+        raise ValueError(f"save: {owner} must hold float values without scales, got {module}")
     return expand_sparse(found)
 
 

@@ -159,8 +159,9 @@ class BlockSparseWeight(_Packed):
     Attributes:
         indptr: ``[ceil(n / block) + 1]`` int32: where the blocks of a row of blocks begin.
         indices: ``[blocks]`` int32: which column of blocks each one is, ascending in a row.
-        values: ``[blocks, block, block]`` float32 or bfloat16: column after column of a block, the
-            outputs of a column together.
+        values: ``[blocks, block, block]`` float32, bfloat16 or int8: column after column of a
+            block, the outputs of a column together.
+        scales: ``[n]`` float32 that rows are multiplied by, or None.
         layout: tag such as ``"blocks_n32k32@1"``.
         n: rows (outputs) of the weight.
         k: columns (inputs) of the weight.
@@ -169,6 +170,7 @@ class BlockSparseWeight(_Packed):
     indptr: Tensor
     indices: Tensor
     values: Tensor
+    scales: Tensor | None
     layout: str
     n: int
     k: int
@@ -195,7 +197,7 @@ class ColumnWeight(_Grouped):
 
     Attributes:
         columns: ``[k, n]`` float32 or bfloat16, n rounded up to 16; or ``[k, strips, 64]`` uint8,
-            codes of 2, 4 or 8 bits in strips of 256, 128 or 64 outputs.
+            codes of 2, 3, 4 or 8 bits in strips of 256, 160, 128 or 64 outputs.
         scales: ``[ceil(k / group_size), n]`` float32, n rounded up to the strip, of codes; or None.
         zeros: ``[ceil(k / group_size), n]`` uint8, or None: symmetric.
         layout: tag such as ``"columns_n16k1@1"`` or ``"columns4_n128k1@1"``.
@@ -279,6 +281,12 @@ def block_of(layout: str) -> int:
 def value_bits(layout: str) -> int:
     """The number behind the letters of a tag: 4 of ``"w4_n32k8@1"``; 0 where there is none."""
     return int(layout[: layout.index("_")].lstrip(string.ascii_lowercase) or 0)
+
+
+def strip_outputs(bits: int) -> int:
+    """Outputs of a strip of a :class:`ColumnWeight`: of codes, what 16 lanes of 32 bits hold; 16 of
+    floats, which have ``bits`` 0."""
+    return 16 * (32 // bits) if bits else 16
 
 
 def layout_for_bits(bits: int) -> str:

@@ -134,14 +134,41 @@ def test_bad_compress_options(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--pattern", "2:4"), "--pattern, --sparsity and --storage need --prune"),
-        (("--storage", "sparse"), "--pattern, --sparsity and --storage need --prune"),
+        (("--pattern", "2:4"), "--pattern, --sparsity, --allocation and --storage need --prune"),
+        (("--storage", "sparse"), "--allocation and --storage need --prune"),
+        (("--allocation", "global"), "--allocation and --storage need --prune"),
+        (
+            ("--prune", "wanda", "--pattern", "2:4", "--allocation", "global"),
+            "--allocation is for --sparsity of single weights, not --pattern",
+        ),
+        (
+            ("--prune", "flap", "--sparsity", 0.2, "--allocation", "evopress"),
+            "--allocation is for --sparsity of single weights, not --prune flap",
+        ),
         (("--prune", "flap", "--sparsity", 0.2, "--storage", "dense"), "flap leaves no zeros"),
         (("--prune", "wanda"), "--prune needs --pattern or --sparsity"),
         (("--prune", "wanda", "--pattern", "2:4", "--sparsity", 0.5), "one of them"),
         (("--prune", "flap", "--pattern", "2:4"), "--prune flap needs --sparsity"),
         (("--prune", "wanda", "--pattern", "2:4", "--bits", 4), "wanda does not quantize"),
         (("--prune", "wanda", "--pattern", "4:2"), "--pattern: NM: 1 <= n < m <= 32"),
+        (
+            ("--prune", "sparsegpt", "--pattern", "2:4", "--bits", 4, "--storage", "sparse"),
+            "only 4 and 8 with --symmetric",
+        ),
+        (
+            (
+                "--prune",
+                "sparsegpt",
+                "--sparsity",
+                0.5,
+                "--bits",
+                4,
+                "--symmetric",
+                "--storage",
+                "sparse",
+            ),
+            "--storage sparse: of --bits",
+        ),
         (("--prune", "magic", "--sparsity", 0.5), "magic"),
         (("--prune", "wanda", "--sparsity", 1.5), "--sparsity"),
     ],

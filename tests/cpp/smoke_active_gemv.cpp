@@ -64,7 +64,7 @@ struct Problem {
     const int64_t top = int64_t{1} << args.bits;
     Bytes codes;
     for (int64_t i = 0; i < args.n * k; ++i) codes.push_back(uint8_t(rng.below(top)));
-    columns.resize(size_t(k * args.n_padded * args.bits / 8));
+    columns.resize(size_t(k * strips_bytes(args.bits, args.n_padded)));
     pack_code_columns({args.n, k, args.n_padded, args.bits}, codes.data(), columns.data(),
                       serial_parallel());
     for (int64_t i = 0; i < args.groups * args.n_padded; ++i) {
@@ -150,7 +150,7 @@ void check_active_gemv(Guarded* memory) {
   constexpr int64_t kSizes[][2] = {{1, 1}, {16, 5}, {17, 33}, {129, 64}, {255, 37}, {600, 50}};
   int variant = 0;
   for (const auto& size : kSizes) {
-    for (const int32_t bits : {0, 2, 4, 8}) {
+    for (const int32_t bits : {0, 2, 3, 4, 8}) {
       for (const float threshold : {0.0f, 0.5f, 2.0f}) {
         for (int i = 0; i < 6; ++i) {
           const Problem p(size[0], size[1], bits, i < 3 ? 16 : size[1], threshold, variant++);

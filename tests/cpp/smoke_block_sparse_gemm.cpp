@@ -13,11 +13,14 @@ const KernelEntry<const BlockSparseGemmKernel*> kBlocks[] = {
 #undef OW_ROW
 };
 
+constexpr ValueType kValueTypes[] = {ValueType::f32, ValueType::bf16, ValueType::i8};
+
 struct Problem {
   BlockSparseGemmArgs args{};
   Bytes weight;  // [n, k], zero where no block is
   std::vector<int32_t> indptr, indices;
   Bytes values, x, bias, add;
+  std::vector<float> scales;  // of int8
 
   Problem(int64_t m, int64_t n, int64_t k, int64_t block, int64_t eighths, int variant) {
     args.m = m;
@@ -26,9 +29,9 @@ struct Problem {
     args.block = block;
     args.row_blocks = div_up(n, block);
     args.k_padded = round_up(k, block);
-    args.value_type = variant % 2 == 0 ? FloatType::f32 : FloatType::bf16;
-    args.y_type = kTypes[variant / 2 % 3];
-    const int64_t size = float_size(args.value_type);
+    args.value_type = kValueTypes[variant % 3];
+    args.y_type = kTypes[variant / 3 % 3];
+    const int64_t size = value_size(args.value_type);
     for (int64_t r = 0; r < args.row_blocks; ++r) {
       indptr.push_back(int32_t(indices.size()));
       for (int64_t c = 0; c < args.k_padded / block; ++c) {
@@ -36,7 +39,13 @@ struct Problem {
       }
     }
     indptr.push_back(int32_t(indices.size()));
-    weight = floats(n * k, args.value_type, 1.0f);
+    if (args.value_type == ValueType::i8) {
+      for (int64_t i = 0; i < n * k; ++i) weight.push_back(uint8_t(rng.below(256)));
+      for (int64_t i = 0; i < n; ++i) scales.push_back(rng.uniform());
+    } else {
+      const bool f32 = args.value_type == ValueType::f32;
+      weight = floats(n * k, f32 ? FloatType::f32 : FloatType::bf16, 1.0f);
+    }
     values.resize(indices.size() * size_t(block * block * size));
     const BlockSparsePackArgs pack{
         n, k, block, args.row_blocks, size, indptr.data(), indices.data()};
@@ -54,8 +63,9 @@ struct Problem {
       double sum = read(bias.data(), args.y_type, i % n) + read(add.data(), args.y_type, i);
       double size = fabs(sum) + 2.0;
       for (int64_t j = 0; j < k; ++j) {
-        const double term = double(read(weight.data(), args.value_type, i % n * k + j)) *
-                            read(x.data(), args.y_type, i / n * k + j);
+        const double w = read_value(weight.data(), args.value_type, i % n * k + j);
+        const double scale = scales.empty() ? 1.0 : double(scales[size_t(i % n)]);
+        const double term = scale * w * read(x.data(), args.y_type, i / n * k + j);
         sum += term;
         size += fabs(term);
       }
@@ -93,6 +103,7 @@ void check_kernel(const KernelEntry<const BlockSparseGemmKernel*>& entry, const 
     a.indptr = memory->copy(p.indptr);
     a.indices = memory->copy(p.indices);
     a.values = memory->copy(p.values);
+    if (!p.scales.empty()) a.scales = memory->copy(p.scales);
     a.bias = memory->copy(p.bias);
     a.add = memory->copy(p.add);
     a.x = memory->copy(tiles_of(p, entry.fn->rows));

@@ -12,7 +12,7 @@ from .tables import Entry
 
 FAMILY = "active_gemv"
 
-SIZES = ((1, 1), (15, 7), (16, 64), (129, 33), (257, 130), (2200, 40))
+SIZES = ((1, 1), (15, 7), (16, 64), (129, 33), (161, 20), (257, 130), (2200, 40))
 
 
 def _padded(n: int, strip: int) -> int:
@@ -21,7 +21,7 @@ def _padded(n: int, strip: int) -> int:
 
 def _codes(rng: np.random.Generator, n: int, k: int, bits: int, group: int) -> dict[str, object]:
     groups = -(-k // group)
-    shape = (groups, _padded(n, 512 // bits))
+    shape = (groups, _padded(n, 16 * (32 // bits)))
     return {
         "columns": rng.integers(0, 2**bits, (n, k)).astype(np.uint8),
         "scales": rng.random(shape).astype(np.float32),
@@ -43,7 +43,7 @@ def test_floats(entry: Entry, rng: np.random.Generator, dtype: str, threshold: f
         assert (np.abs(y - active @ w) <= bound).all()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 64])
 def test_codes(entry: Entry, rng: np.random.Generator, bits: int, group_size: int) -> None:
     for n, k in SIZES:

@@ -21,15 +21,21 @@ def _check(
 ) -> None:
     """With bias and add; within (terms + 4) roundings of the sum of magnitudes."""
     x = rng.standard_normal((m, k)).astype(np.float32)
-    weight = floats.store(rng.standard_normal((n, k)), dtype)
+    scales = None
+    if dtype == "int8":
+        weight = rng.integers(-128, 128, (n, k)).astype(np.int8)
+        scales = rng.random(n).astype(np.float32) + np.float32(0.5)
+    else:
+        weight = floats.store(rng.standard_normal((n, k)), dtype)
     mask = rng.random((-(-n // block), -(-k // block))) < 0.5
     indptr = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)
     indices = np.nonzero(mask)[1].astype(np.int32)
     bias = rng.random(n).astype(np.float32)
     add = rng.standard_normal((m, n)).astype(np.float32)
     y = floats.poisoned((m, n), "float32")
-    _kernels.block_sparse_gemm(entry.name, x, weight, block, indptr, indices, bias, add, y)
-    w = floats.load(weight) * np.kron(mask, np.ones((block, block)))[:n, :k]
+    _kernels.block_sparse_gemm(entry.name, x, weight, block, indptr, indices, scales, bias, add, y)
+    w = floats.load(weight) if scales is None else weight * scales.astype(np.float64)[:, None]
+    w = w * np.kron(mask, np.ones((block, block)))[:n, :k]
     want = x.astype(np.float64) @ w.T + bias + add
     size = np.abs(x.astype(np.float64)) @ np.abs(w).T + np.abs(bias) + np.abs(add)
     assert (np.abs(y - want) <= (k + 4) * 2.0**-24 * size).all(), (m, n, k, block, dtype)
@@ -42,7 +48,7 @@ def test_rows(entry: Entry, rng: np.random.Generator, block: int) -> None:
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_sizes(entry: Entry, rng: np.random.Generator, block: int, dtype: str) -> None:
     for n in (1, block - 1, block, block + 1, 2 * block + 9):
         for k in (1, block, block + 1, 5 * block):

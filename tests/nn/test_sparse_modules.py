@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from openwork.nn import (
 )
 from openwork.ops import sparse_linear_train, sparse_values_grad, transposed_pattern
 from openwork.packing import SPARSE_LAYOUTS
+from openwork.testing.active import make_column_weight
 from openwork.testing.sparse import make_sparse_weight
 
 N, K = 48, 130
@@ -54,6 +57,26 @@ def test_active_linear_skips_small_activations() -> None:
     dense, x = torch.randn(N, K), torch.randn(K)
     module = ActiveLinear(openwork.pack_columns(dense), 0.6)
     _close(module(x), dense @ torch.where(x.abs() > 0.6, x, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "w3", "w4"])
+def test_active_linear_of_many_rows_is_the_same_product(kind: str) -> None:
+    """Also at thresholds that some elements equal, and with NaN, which is active."""
+    weight = make_column_weight(N, K, kind, 32, symmetric=False)
+    bias, x = torch.randn(N), torch.randn(40, K).mul(4).round().div(4)
+    module = ActiveLinear(weight, 0.75, bias)
+    add = torch.randn(40, N)
+    rows = torch.cat([module(row[None], add=a[None]) for row, a in zip(x, add, strict=True)])
+    kept = add.clone()
+    many = module(x, add=add)
+    assert torch.equal(add, kept)
+    size = x.abs() @ openwork.unpack_columns(weight).float().abs().T + bias.abs() + add.abs()
+    # Codes are summed apart from their zero points.
+    codes = 2.0 ** (weight.bits + 1) * float(x.abs().sum(1).max())
+    assert ((many - rows).abs() <= 2.0**-24 * (2 * K + 4) * (size + codes)).all()
+    x[3, 5] = torch.nan
+    assert module(x)[3].isnan().all()
+    assert not module(x)[4].isnan().any()
 
 
 def test_quantized_and_sparse_outliers() -> None:
@@ -196,7 +219,84 @@ def test_sparse_low_rank_layer_is_the_sum_of_its_weights() -> None:
         x = torch.randn(2, 3, K)
         _close(layer(x), x @ w.T)
     _close(layer(x).detach(), x @ w.T)
+    add = torch.randn(2, 3, N)
+    _close(layer(x, add=add).detach(), x @ w.T + add)
     assert "rank=4" in repr(layer)
+
+
+def test_sparse_low_rank_gradients_are_those_of_the_dense_weight() -> None:
+    """SLTrain: dB = c G A^T, dA = c B^T G, and G on the support, with G = dL/dW."""
+    layer = SparseLowRankLinear.random(K, N, rank=4, density=0.1, alpha=8.0)
+    torch.nn.init.normal_(layer.up)
+    x, g = torch.randn(7, K, requires_grad=True), torch.randn(7, N)
+    layer(x).backward(g)
+    assert x.grad is not None
+    assert layer.values.grad is not None
+    sparse = openwork.expand_sparse(layer.sparse_weight())
+    with torch.no_grad():
+        dense = 2.0 * layer.up @ layer.down + sparse
+        _close(x.grad, g @ dense)
+        full = g.T @ x
+        _close(layer.up.grad, 2.0 * full @ layer.down.T)
+        _close(layer.down.grad, 2.0 * layer.up.T @ full)
+        grad = replace(layer.sparse_weight(), values=layer.values.grad)
+        _close(openwork.expand_sparse(grad), full * (sparse != 0))
+
+
+def test_sparse_low_rank_layer_keeps_no_dense_weight() -> None:
+    n, k = 200, 300
+    layer = SparseLowRankLinear.random(k, n, rank=4)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(1, k))
+    assert saved
+    assert max(saved) < n * k / 10
+    held = [*layer.parameters(), *layer.buffers()]
+    assert max(tensor.numel() for tensor in held) < n * k / 10
+    assert layer.sparse_weight().nnz == round(0.03 * n * k)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_extremes_of_the_support(density: float) -> None:
+    layer = SparseLowRankLinear.random(5, 3, rank=1, density=density)
+    assert layer.sparse_weight().nnz == round(density * 15)
+    layer(torch.ones(2, 5)).sum().backward()
+
+
+def test_the_support_is_saved_and_repeats() -> None:
+    def layer(seed: int) -> SparseLowRankLinear:
+        generator = torch.Generator().manual_seed(seed)
+        return SparseLowRankLinear.random(K, N, rank=2, density=0.1, generator=generator)
+
+    first, again, second = layer(5), layer(5), layer(6)
+    x = torch.randn(4, K)
+    assert torch.equal(first(x), again(x))
+    assert not torch.equal(first.sparse_weight().index, second.sparse_weight().index)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    for module in (first, second):
+        module(x).square().sum().backward()
+    assert first.values.grad is not None
+    assert torch.equal(first.values.grad, second.values.grad)
+
+
+def test_sparse_low_rank_refuses() -> None:
+    with pytest.raises(ValueError, match="expected, got 4, 4, 0 and 0.03"):
+        SparseLowRankLinear.random(4, 4, rank=0)
+    with pytest.raises(ValueError, match=r"density in 0 \.\. 1 expected, got 4, 4, 1 and 1\.5"):
+        SparseLowRankLinear.random(4, 4, rank=1, density=1.5)
+    with pytest.raises(
+        ValueError, match=r"of S, \[48, 130\], expected, got \[48, 2\] and \[3, 130\]"
+    ):
+        SparseLowRankLinear(torch.zeros(N, 2), torch.zeros(3, K), _sparse())
+    half = make_sparse_weight(N, K, 0.3, torch.bfloat16)
+    with pytest.raises(ValueError, match="S must hold float32 values without scales, got torch.bf"):
+        SparseLowRankLinear(torch.zeros(N, 2), torch.zeros(2, K), half)
 
 
 def test_training_compiles_without_graph_breaks() -> None:

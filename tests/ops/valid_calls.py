@@ -168,7 +168,7 @@ def _block_sparse_linear(draw: Draw) -> Sample:
         draw(st.integers(1, 300)),
         draw(st.sampled_from([16, 32, 64])),
         draw(DENSITIES),
-        draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8])),
     )
     x = _rows(draw, weight.k)
     return Sample("fuzz", (x, weight), _terms(draw, x, weight.n))
@@ -179,7 +179,7 @@ def _active_linear(draw: Draw) -> Sample:
     weight = make_column_weight(
         draw(st.integers(1, 600)),
         k,
-        draw(st.sampled_from(["float32", "bfloat16", "w2", "w4", "w8"])),
+        draw(st.sampled_from(["float32", "bfloat16", "w2", "w3", "w4", "w8"])),
         draw(st.sampled_from([16, 32, 64, 128, k])),
         draw(st.booleans()),
     )

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from openwork import checkpoint
 from openwork.models import Llama
-from openwork.prune import CatsLinear, TealLinear, set_thresholds, sparsify_activations
+from openwork.nn import ActiveLinear
+from openwork.prune import (
+    CatsLinear,
+    TealLinear,
+    leave_out_zeros,
+    prune_model,
+    set_thresholds,
+    skip_columns,
+    sparsify_activations,
+)
 from openwork.prune.activation import MagnitudeHistogram, Place
-from openwork.quant import quantize_model
+from openwork.quant import model_bytes, quantize_model
 
 from .weights import model, tokens
 
@@ -60,7 +71,7 @@ def _shares_below(sparse: Llama, method: Place) -> list[float]:
         values = inputs[0]
         if method == "cats":
             values = F.silu(module.linear(values).chunk(2, -1)[0])
-        shares.append(float((values.abs() < module.threshold).float().mean()))
+        shares.append(float((values.abs() <= module.threshold).float().mean()))
 
     for name, _, _ in sparse.linears():
         linear = sparse.get_submodule(name)
@@ -87,7 +98,8 @@ def test_teal_is_the_dense_linear_on_the_masked_input() -> None:
     linear = model().layers[0].attn.qkv
     x = torch.randn(5, 72)
     teal = TealLinear(linear, 0.7)
-    expected = linear(torch.where(x.abs() < 0.7, 0.0, x))
+    x[0, :3] = torch.tensor([0.7, -0.7, 0.70001])
+    expected = linear(torch.where(x.abs() <= 0.7, 0.0, x))
     assert torch.equal(teal(x), expected)
     add = torch.randn(5, linear.out_features)
     assert torch.equal(teal(x, add=add.clone()), expected + add)
@@ -113,6 +125,60 @@ def test_thresholds_travel(method: Place) -> None:
     parts = [other(part, cache) for part in tokens(seed=1).split([20, 1, 11], dim=1)]
     # An input that rounding takes across a threshold changes by the threshold.
     torch.testing.assert_close(torch.cat(parts, 1), other(tokens(seed=1)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_skipped_columns_change_no_more_than_roundings(method: Place, dtype: torch.dtype) -> None:
+    masked, skipping = model(), model()
+    thresholds = sparsify_activations(masked, tokens(), 0.5, method=method, progress=False)
+    set_thresholds(skipping, thresholds, method=method)
+    masked, skipping = masked.to(dtype), skipping.to(dtype)
+    before = model_bytes(skipping)
+    skip_columns(skipping)
+    kinds = [type(skipping.get_submodule(name)) for name, _, _ in skipping.linears()]
+    assert kinds.count(ActiveLinear) == (12 if method == "teal" else 3)
+    # Nothing is held twice; columns are padded to 16 outputs (here 72 to 80).
+    assert model_bytes(skipping) <= before * 80 / 72
+    # An input that rounding takes across a threshold changes by the threshold: of 2^8 steps between
+    # powers of 2 that bfloat16 has, more inputs than of float32.
+    bound = 1e-3 if dtype == torch.float32 else 0.05
+    expected = masked(tokens(seed=1)).float()
+    assert (skipping(tokens(seed=1)) - expected).norm() < bound * expected.norm()
+    cache = skipping.new_cache(32, batch=6)
+    pieces = tokens(seed=1).split([20, 1, 11], dim=1)
+    parts = [skipping(part, cache) for part in pieces]
+    assert (torch.cat(parts, 1) - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_low_bit_linears_skip_columns_of_their_codes(bits: int) -> None:
+    low = model()
+    quantize_model(low, "rtn", bits=bits, group_size=32, compute="float", progress=False)
+    set_thresholds(low, {name: 0.3 for name, _, _ in low.linears()}, method="teal")
+    expected = low(tokens()[:1, :1])
+    skip_columns(low)
+    layouts = {low.get_submodule(name).weight.layout for name, _, _ in low.linears()}
+    assert {layout.split("_")[0] for layout in layouts} == {f"columns{bits}"}
+    bound = 1e-3 * float(expected.abs().max())
+    torch.testing.assert_close(low(tokens()[:1, :1]), expected, rtol=0, atol=bound)
+
+
+def test_what_cannot_skip_columns_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="skip_columns: a model with thresholds expected"):
+        skip_columns(model())
+    sparse = model()
+    prune_model(sparse, "magnitude", pattern="2:4", progress=False)
+    leave_out_zeros(sparse, "2:4", when="always", progress=False)
+    set_thresholds(sparse, {name: 0.3 for name, _, _ in sparse.linears()}, method="teal")
+    with pytest.raises(
+        ValueError, match=r"skip_columns: layers\.0\.attn\.qkv must be dense, in fl"
+    ):
+        skip_columns(sparse)
+    with pytest.raises(
+        ValueError, match=r"save: layers\.0\.attn\.qkv must be a linear with a form"
+    ):
+        checkpoint.save(sparse, tmp_path / "out")
 
 
 def test_thresholds_on_low_bit_linears() -> None:

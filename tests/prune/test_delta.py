@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from openwork.nn import SparseLinear, SumLinear
+from openwork.ops import compress_sparse
 from openwork.prune import dare
 
-from .weights import weight
+from .weights import model, rounding, tokens, weight
 
 
 def test_without_dropping_it_is_the_difference() -> None:
@@ -41,6 +43,20 @@ def test_the_seed_decides() -> None:
     masks = [dare(base, tuned, 0.5, seed=seed).keep for seed in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.75])
+def test_a_model_runs_on_its_base_and_sparse_differences(drop: float) -> None:
+    base, tuned, expected = model(), model(seed=1), model()
+    for seed, (name, parent, attribute) in enumerate(list(base.linears())):
+        linear = getattr(parent, attribute)
+        delta = dare(linear.weight, tuned.get_submodule(name).weight, drop, seed=seed)
+        sparse = SparseLinear(compress_sparse(delta.weight, delta.keep))
+        setattr(parent, attribute, SumLinear([linear, sparse]))
+        expected.get_submodule(name).weight.add_(delta.weight)
+    # One more sum for each linear, of as many terms.
+    bound = 2 * rounding(expected) * float(expected(tokens()).abs().max())
+    torch.testing.assert_close(base(tokens()), expected(tokens()), rtol=0, atol=bound)
 
 
 def test_bad_input_is_named() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from openwork.nn import SparseLinear
 from openwork.prune import Stage, Unstructured, evopress, prune_model, wanda
 from openwork.prune.evopress import Levels, search
+from openwork.quant import quantize_model
 
 from .weights import model, tokens
 
@@ -138,6 +139,15 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         evopress(dense, "wanda", 0.5, tokens(), **SMALL | options)
     assert dense.layers[0].attn.o.weight is weight
+
+
+def test_bad_methods_and_models_are_named() -> None:
+    with pytest.raises(ValueError, match="one of magnitude, wanda, sparsegpt, got 'flap'"):
+        evopress(model(), "flap", 0.5, tokens(), **SMALL)
+    low = model()
+    quantize_model(low, "rtn", bits=8, group_size=32, progress=False)
+    with pytest.raises(ValueError, match=r"evopress: layers\.0\.attn\.qkv must be dense, got Low"):
+        evopress(low, "wanda", 0.5, tokens(), **SMALL)
 
 
 def test_a_start_that_does_not_fit_is_named() -> None:

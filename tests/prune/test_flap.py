@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from openwork.models import Llama
 from openwork.prune import InputFluctuation, flap
@@ -88,6 +90,46 @@ def test_one_threshold_takes_the_least_scores_of_the_model() -> None:
             others = score[mask].sort().values[:-1]  # the best of each stays in any case
             stay += others.tolist()
     assert max(gone) < min(stay)
+
+
+def test_units_of_least_standardized_fluctuation_go() -> None:
+    """Scores by loops over columns: Var(x_j) |W_:j|^2, standardized in their linear."""
+    dense, text = _model(), tokens()
+    inputs: dict[str, Tensor] = {}
+    for name, _, _ in dense.linears():
+        dense.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, name=name: inputs.__setitem__(name, x[0].flatten(0, 1).double())
+        )
+    dense(text)
+    head, channel = unit_parameters(dense.config)
+    units = []
+    for name, count, cost in (("attn.o", 3, head), ("mlp.down", 96, channel)):
+        for layer in range(3):
+            x, w = inputs[f"layers.{layer}.{name}"], dense.get_submodule(f"layers.{layer}.{name}")
+            columns = zip(x.t(), w.weight.double().t(), strict=True)
+            scores = [float(xj.var(correction=0) * wj.square().sum()) for xj, wj in columns]
+            mean, spread = statistics.fmean(scores), statistics.pstdev(scores)
+            size = len(scores) // count
+            parts = [
+                statistics.fmean((score - mean) / spread for score in scores[i : i + size])
+                for i in range(0, len(scores), size)
+            ]
+            best = parts.index(max(parts))
+            units += [(z, layer, name, i, cost) for i, z in enumerate(parts) if i != best]
+    gone: dict[tuple[int, str], list[int]] = {}
+    budget = 0.3 * _weights(dense)
+    for _, layer, name, i, cost in sorted(units):
+        budget -= cost
+        if budget < 0:
+            break
+        gone.setdefault((layer, name), []).append(i)
+    before = [(layer.attn.o.weight, layer.mlp.down.weight) for layer in dense.layers]
+    flap(dense, text, 0.3, progress=False)
+    for i, ((o, down), layer) in enumerate(zip(before, dense.layers, strict=True)):
+        heads = [h for h in range(3) if h not in gone.get((i, "attn.o"), [])]
+        channels = [c for c in range(96) if c not in gone.get((i, "mlp.down"), [])]
+        assert torch.equal(layer.attn.o.weight, o.view(72, 3, -1)[:, heads].flatten(1))
+        assert torch.equal(layer.mlp.down.weight, down[:, channels])
 
 
 def test_the_bias_helps() -> None:

@@ -106,5 +106,7 @@ def test_bad_tokens_and_models_are_named() -> None:
         llm_pruner(_model(), tokens()[:, 0], 0.1, spare=(0, 0), progress=False)
     dense = _model()
     quantize_model(dense, "rtn", bits=4, group_size=32, progress=False)
-    with pytest.raises(ValueError, match="llm_pruner: model must be dense"):
+    with pytest.raises(
+        ValueError, match=r"llm_pruner: layers\.0\.attn\.qkv must be dense, got Low"
+    ):
         llm_pruner(dense, tokens(), 0.1, spare=(0, 0), progress=False)

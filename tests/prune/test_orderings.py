@@ -14,7 +14,7 @@ from openwork.errors import DownloadError
 from openwork.evaluation import evaluate, predictions
 from openwork.models import Llama
 from openwork.models.demo import fetch_model, fetch_text
-from openwork.prune import flap, prune_model
+from openwork.prune import Stage, evopress, flap, prune_model
 from openwork.quant import Grid, quantize_model
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
@@ -50,7 +50,9 @@ def divergence() -> Divergence:
     def run(method: str, pattern: str | float, *options: str) -> float:
         torch.set_num_threads(2)
         model = openwork.load(path)
-        if method == "flap":
+        if "evopress" in options:
+            _allocate(model, method, float(pattern), calibration)
+        elif method == "flap":
             flap(model, calibration, float(pattern), bias="bias" in options, progress=False)
         else:
             _prune(model, method, pattern, calibration, Grid(4, 64) if "joint" in options else None)
@@ -78,6 +80,21 @@ def _prune(
     )
 
 
+def _allocate(model: Llama, method: str, sparsity: float, calibration: Tensor) -> None:
+    found = evopress(
+        model,
+        method,
+        sparsity,
+        calibration,
+        stages=(Stage(1, 2), Stage(8, 1)),
+        generations=15,
+        offspring=8,
+        progress=False,
+    )
+    assert found.fitness[-1] < found.fitness[0]
+    prune_model(model, method, sparsity=found.sparsity, calibration=calibration, progress=False)
+
+
 def test_magnitude_is_worse_than_wanda_is_worse_than_sparsegpt(divergence: Divergence) -> None:
     errors = [divergence(method, "2:4") for method in ("magnitude", "wanda", "sparsegpt")]
     assert errors[0] > errors[1] > errors[2]
@@ -95,3 +112,7 @@ def test_the_bias_of_flap_helps(divergence: Divergence) -> None:
 def test_rounding_with_pruning_beats_rounding_after_it(divergence: Divergence) -> None:
     joint = divergence("sparsegpt", "2:4", "joint")
     assert divergence("sparsegpt", "2:4") < joint < divergence("sparsegpt", "2:4", "then int4")
+
+
+def test_evopress_is_no_worse_than_the_same_share_everywhere(divergence: Divergence) -> None:
+    assert divergence("wanda", 0.6, "evopress") <= divergence("wanda", 0.6)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from openwork.models import DenseLinear, Llama
+from openwork.ops import straight_through
 from openwork.prune import NM, SrSteLinear, magnitude, prune_model, sr_ste
 from openwork.prune.masks import follows
-from openwork.prune.sr_ste import straight_through
 
-from .weights import model, tokens, weight
+from .weights import model, rounding, tokens, weight
 
 
 def _trained(**options: Any) -> tuple[Llama, tuple[float, ...]]:
@@ -72,7 +73,7 @@ def test_training_ends_in_the_pattern_and_the_loss_falls(pattern: str) -> None:
     dense, parsed = model(layers=2), NM.parse(pattern)
     original = model(layers=2)
     report = sr_ste(
-        dense, tokens(4, 24), parsed, steps=20, learning_rate=3e-3, batch=2, progress=False
+        dense, tokens(4, 24), pattern, steps=20, learning_rate=3e-3, batch=2, progress=False
     )
     for name, _, _ in dense.linears():
         linear = dense.get_submodule(name)
@@ -85,6 +86,22 @@ def test_training_ends_in_the_pattern_and_the_loss_falls(pattern: str) -> None:
     assert all(linear.sparsity == pytest.approx(0.5) for linear in report.linears)
     for name in ("embed.weight", "norm", "head.weight", "layers.1.attn_norm"):
         assert torch.equal(dense.state_dict()[name], original.state_dict()[name])
+
+
+def test_the_loss_is_cross_entropy_and_square_head() -> None:
+    dense, pruned, text = model(layers=2), model(layers=2), tokens(2, 24)
+    prune_model(pruned, "magnitude", pattern="2:4", progress=False)
+    states: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
+    for kind, one in (("dense", dense), ("pruned", pruned)):
+        for layer in one.layers:
+            layer.register_forward_hook(lambda *a, into=states[kind]: into.append(a[2].double()))
+    logits = [one(text[:, :-1]) for one in (dense, pruned)][1]
+    entropy = F.cross_entropy(logits.double().flatten(0, 1), text[:, 1:].flatten())
+    pairs = list(zip(states["pruned"], states["dense"], strict=True))
+    assert len(pairs) == 2
+    distance = sum((h - t).square().sum() / t.square().sum() for h, t in pairs) / 2
+    report = sr_ste(model(layers=2), text, "2:4", steps=1, batch=2, progress=False)
+    assert report.losses[0] == pytest.approx(float(entropy + distance), rel=rounding(dense))
 
 
 def test_training_beats_pruning_alone() -> None:

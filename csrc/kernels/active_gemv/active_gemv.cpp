@@ -28,16 +28,22 @@ int64_t find(const T* x, int64_t k, int64_t group_size, float threshold, int32_t
   return count;
 }
 
-// Where output n of a column lies, and how far its code is shifted.
+// Where output n of a column lies: the first byte of its lane, and how far its code is shifted.
 struct CodePlace {
   int64_t byte;
   int shift;
+
+  CodePlace(int32_t bits, int64_t n) {
+    const int64_t in_strip = n % strip_outputs(bits);
+    byte = n / strip_outputs(bits) * kStripBytes + in_strip % 16 * 4;
+    shift = int(in_strip / 16) * bits;
+  }
+  uint32_t lane(const uint8_t* column) const {
+    uint32_t bits;
+    memcpy(&bits, column + byte, sizeof(bits));
+    return bits;
+  }
 };
-CodePlace place_of(int32_t bits, int64_t n) {
-  const int64_t in_strip = n % strip_outputs(bits);
-  const int bit = int(in_strip / 16) * bits;
-  return {n / strip_outputs(bits) * 64 + in_strip % 16 * 4 + bit / 8, bit % 8};
-}
 
 }  // namespace
 
@@ -66,28 +72,29 @@ void active_gemv(const ActiveGemvArgs& args, Isa isa, const Parallel& parallel) 
 
 void pack_code_columns(const ColumnPackArgs& a, const uint8_t* codes, uint8_t* columns,
                        const Parallel& parallel) {
-  const int64_t bytes = a.n_padded * a.bits / 8;
-  const int mask = (1 << a.bits) - 1;
-  const int center = 1 << (a.bits - 1);
+  const int64_t bytes = strips_bytes(a.bits, a.n_padded);
+  const uint32_t mask = (1u << a.bits) - 1;
+  const uint32_t center = 1u << (a.bits - 1);
   parallel.for_each(a.k, [&](int64_t k) {
     uint8_t* column = columns + k * bytes;
     memset(column, 0, size_t(bytes));
     for (int64_t n = 0; n < a.n; ++n) {
-      const CodePlace at = place_of(a.bits, n);
-      column[at.byte] |= uint8_t(((codes[n * a.k + k] - center) & mask) << at.shift);
+      const CodePlace at(a.bits, n);
+      const uint32_t lane = at.lane(column) | ((codes[n * a.k + k] - center) & mask) << at.shift;
+      memcpy(column + at.byte, &lane, sizeof(lane));
     }
   });
 }
 
 void unpack_code_columns(const ColumnPackArgs& a, const uint8_t* columns, uint8_t* codes,
                          const Parallel& parallel) {
-  const int64_t bytes = a.n_padded * a.bits / 8;
-  const int mask = (1 << a.bits) - 1;
-  const int center = 1 << (a.bits - 1);
+  const int64_t bytes = strips_bytes(a.bits, a.n_padded);
+  const uint32_t mask = (1u << a.bits) - 1;
+  const uint32_t center = 1u << (a.bits - 1);
   parallel.for_each(a.n, [&](int64_t n) {
-    const CodePlace at = place_of(a.bits, n);
+    const CodePlace at(a.bits, n);
     for (int64_t k = 0; k < a.k; ++k) {
-      codes[n * a.k + k] = uint8_t(((columns[k * bytes + at.byte] >> at.shift) + center) & mask);
+      codes[n * a.k + k] = uint8_t(((at.lane(columns + k * bytes) >> at.shift) + center) & mask);
     }
   });
 }

@@ -8,21 +8,23 @@
 //
 // A weight of codes is  w[n,k] = scale[g,n] * (c[n,k] - z[g,n]),  g = k / group_size:
 //
-//   y[i,n] = ... + sum_g scale[g,n] * (sum_{k in g active} x c'[n,k] - z'[g,n] sum_{k in g active}
-//   x)
+//   y[i,n] = ... + sum_g scale[g,n] * (sum_k x[i,k] * c'[n,k] - z'[g,n] * sum_k x[i,k])
 //
-// with c' = c - 2^(bits-1) and z' = z - 2^(bits-1), 0 where `zeros` is null.
+// over the active k of group g, with c' = c - 2^(bits-1) and z' = z - 2^(bits-1), 0 where `zeros`
+// is null.
 //
 // Layouts. Column after column, so that a column that is skipped is bytes that are skipped; outputs
 // past n are zero.
 //
 //   columns_n16k1     [k, n_padded] fp32 or bf16, n_padded a multiple of 16
 //   columns2_n256k1   [k, n_padded / 256, 64 bytes]: 2-bit codes in strips of 256 outputs
+//   columns3_n160k1   [k, n_padded / 160, 64 bytes]: 3.2 bits a code
 //   columns4_n128k1   [k, n_padded / 128, 64 bytes]
 //   columns8_n64k1    [k, n_padded / 64, 64 bytes]
 //
 //   strip: 16 lanes of 32 bits, little-endian. Bits [b i, b i + b) of lane l are output 16 i + l of
 //   the strip, as the two's complement of c': two shifts give 16 consecutive outputs as integers.
+//   Of 3-bit codes a lane has 10, and two bits that are zero.
 //
 // scales [groups, n_padded] fp32, zeros [groups, n_padded].
 #pragma once
@@ -59,10 +61,15 @@ struct ActiveGemvArgs {
   FloatType y_type;
 };
 
-// Outputs that a kernel's sums are kept for at a time: with those of a group, 16 KiB.
+// Outputs that a kernel's sums are kept for at a time, at most: with those of a group, 16 KiB.
 constexpr int64_t kActiveChunk = 2048;
 
-OW_INLINE int64_t strip_outputs(int32_t bits) { return bits == 0 ? 16 : 512 / bits; }
+constexpr int64_t kStripBytes = 64;  // of codes
+OW_INLINE int64_t strip_outputs(int32_t bits) { return bits == 0 ? 16 : 16 * (32 / bits); }
+// Bytes of the codes of so many outputs, whole strips.
+OW_INLINE int64_t strips_bytes(int32_t bits, int64_t outputs) {
+  return outputs / strip_outputs(bits) * kStripBytes;
+}
 
 // y of outputs [begin, end): multiples of strip_outputs, but for the last n.
 using ActiveGemvFn = void (*)(const ActiveGemvArgs&, int64_t begin, int64_t end);

@@ -39,12 +39,11 @@ OW_INLINE void add_code_columns(const uint8_t* const* w, const float* x, int64_t
 #pragma GCC unroll 4
   for (int c = 0; c < kColumns; ++c) broadcast[c] = set1(x[c]);
   for (int64_t strip = 0; strip < count; strip += 16 * kParts) {
+    const int64_t byte = strip / (16 * kParts) * kStripBytes;
     for (int64_t l = 0; l < 16; l += kLanes) {
       VecI lanes[kColumns];
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) {
-        lanes[c] = strip_lanes(w[c] + strip * kBits / 8 + l * 4);
-      }
+      for (int c = 0; c < kColumns; ++c) lanes[c] = strip_lanes(w[c] + byte + l * 4);
 #pragma GCC unroll 16
       for (int part = 0; part < kParts; ++part) {
         float* at = sums + strip + part * 16 + l;
@@ -65,6 +64,7 @@ OW_INLINE void add_codes(int32_t bits, const uint8_t* const* w, const float* x, 
                          float* sums) {
   switch (bits) {
     case 2: return add_code_columns<2, kColumns>(w, x, count, sums);
+    case 3: return add_code_columns<3, kColumns>(w, x, count, sums);
     case 4: return add_code_columns<4, kColumns>(w, x, count, sums);
     default: return add_code_columns<8, kColumns>(w, x, count, sums);
   }
@@ -88,8 +88,8 @@ OW_INLINE void add_active(const ActiveGemvArgs& a, int64_t from, int64_t to, int
 
 OW_INLINE void add_active_codes(const ActiveGemvArgs& a, int64_t from, int64_t to, int64_t begin,
                                 int64_t count, float* sums) {
-  const int64_t stride = a.n_padded * a.bits / 8;
-  const uint8_t* columns = static_cast<const uint8_t*>(a.columns) + begin * a.bits / 8;
+  const int64_t stride = strips_bytes(a.bits, a.n_padded);
+  const uint8_t* columns = static_cast<const uint8_t*>(a.columns) + strips_bytes(a.bits, begin);
   const uint8_t* w[kTogether];
   for (; from + kTogether <= to; from += kTogether) {
     for (int c = 0; c < kTogether; ++c) w[c] = columns + a.active.index[from + c] * stride;
@@ -146,8 +146,10 @@ OW_INLINE void finish(const ActiveGemvArgs& a, int64_t begin, int64_t end, const
 }
 
 void run(const ActiveGemvArgs& a, int64_t begin, int64_t end) {
-  for (int64_t chunk = begin; chunk < end; chunk += kActiveChunk) {
-    const int64_t count = min_of(kActiveChunk, end - chunk);
+  const int64_t strip = strip_outputs(a.bits);
+  const int64_t step = kActiveChunk / strip * strip;
+  for (int64_t chunk = begin; chunk < end; chunk += step) {
+    const int64_t count = min_of(step, end - chunk);
     float totals[kActiveChunk];
     memset(totals, 0, size_t(count) * sizeof(float));
     switch (a.type) {

@@ -1,9 +1,11 @@
 // Multiply by a weight of which whole square blocks are stored (block-sparse, BSR):
 //
-//   y[i,n] = bias[n] + add[i,n] + sum_{blocks b of row n / B} sum_{c < B} w_b[c, n % B] x[i, B j_b
-//   + c]
+//   y[i,n] = bias[n] + add[i,n] + scale[n] * sum_b sum_{c < B} w_b[c, n % B] * x[i, B j_b + c]
 //
-//   B  16, 32 or 64        j_b  which column of blocks b is        w_b  fp32 or bf16
+//   b    the stored blocks of row n / B of blocks        B  16, 32 or 64
+//   j_b  which column of blocks b is
+//   w_b  fp32, bf16, or int8 with a scale a row (1 where `scales` is null); x is not rounded to
+//   int8
 //
 // Layouts blocks_n16k16, blocks_n32k32, blocks_n64k64. A row of blocks is B outputs; elements past
 // n and k are zero.
@@ -35,11 +37,12 @@ struct BlockSparseGemmArgs {
   const int32_t* indptr;
   const int32_t* indices;
   const void* values;
-  FloatType value_type;  // f32 or bf16
-  const float* x;        // in tiles of the kernel's rows
-  const void* bias;      // [n] of y_type, or null
-  const void* add;       // [m, n] of y_type, contiguous, or null
-  void* y;               // [m, n] of y_type, contiguous
+  ValueType value_type;
+  const float* scales;  // [n], or null
+  const float* x;       // in tiles of the kernel's rows
+  const void* bias;     // [n] of y_type, or null
+  const void* add;      // [m, n] of y_type, contiguous, or null
+  void* y;              // [m, n] of y_type, contiguous
   FloatType y_type;
 };
 

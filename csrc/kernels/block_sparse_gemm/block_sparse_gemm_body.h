@@ -23,6 +23,7 @@ OW_INLINE void finish_row(const BlockSparseGemmArgs& a, int64_t i, int64_t n, co
     const int64_t lanes = min_of(kLanes, a.n - column);
     if (lanes <= 0) return;  // the last block may be mostly padding
     VecF value = sums[v];
+    if (a.scales != nullptr) value = mul(value, load_n(a.scales + column, lanes));
     if (a.bias != nullptr) {
       value = add(value, load_n(static_cast<const T*>(a.bias) + column, lanes));
     }
@@ -99,12 +100,18 @@ void run_blocks(const BlockSparseGemmArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-void run(const BlockSparseGemmArgs& a, int64_t begin, int64_t end) {
+template <class W>
+void run_typed(const BlockSparseGemmArgs& a, int64_t begin, int64_t end) {
   const bool narrow = a.block < 2 * kLanes;
-  if (a.value_type == FloatType::f32) {
-    return narrow ? run_blocks<float, 1>(a, begin, end) : run_blocks<float, 2>(a, begin, end);
+  return narrow ? run_blocks<W, 1>(a, begin, end) : run_blocks<W, 2>(a, begin, end);
+}
+
+void run(const BlockSparseGemmArgs& a, int64_t begin, int64_t end) {
+  switch (a.value_type) {
+    case ValueType::f32: return run_typed<float>(a, begin, end);
+    case ValueType::bf16: return run_typed<bf16>(a, begin, end);
+    case ValueType::i8: return run_typed<int8_t>(a, begin, end);
   }
-  return narrow ? run_blocks<bf16, 1>(a, begin, end) : run_blocks<bf16, 2>(a, begin, end);
 }
 
 }  // namespace

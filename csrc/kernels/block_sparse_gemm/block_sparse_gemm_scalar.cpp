@@ -12,10 +12,10 @@ float output(const BlockSparseGemmArgs& a, int64_t i, int64_t n) {
     for (int64_t c = 0; c < a.block; ++c) {
       const int64_t at = (b * a.block + c) * a.block + n % a.block;
       sum +=
-          read_float(a.values, a.value_type, at) * a.x[i * a.k_padded + a.indices[b] * a.block + c];
+          read_value(a.values, a.value_type, at) * a.x[i * a.k_padded + a.indices[b] * a.block + c];
     }
   }
-  return sum;
+  return a.scales == nullptr ? sum : a.scales[n] * sum;
 }
 
 void run(const BlockSparseGemmArgs& a, int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // Multiply by an N:M sparse weight: of every M consecutive k, each output keeps at most N.
 //
 //   y[i,n] = bias[n] + add[i,n] + sum_s x[i, column(n,s)] * w[n,s]
-//   column(n,s) = s / N * M + index[n,s]          w[n,s] = value, or scale[n,g] * value, g = k
-//   group
+//   column(n,s) = s / N * M + index[n,s]
+//   w[n,s] = value, or scale[n,g] * value with g = column(n,s) / group_size
 //
 // A slot s is the place of one stored weight; a block of M columns has N slots, in ascending order
 // of index. A block that keeps fewer fills up with zeros at unused columns. V consecutive outputs
@@ -30,9 +30,9 @@
 // blocks, so no packed weight makes a kernel read outside of x.
 //
 // Two ways to compute, in both of which a result does not depend on the number of threads:
-//   float   fp32 products and sums of x and w; where both are bf16, a tier may count denormals as
-//   zero int8    x = x_scale[i] * int8 (kernels/quantize), int8 and int4 values only: a group's sum
-//   is
+//   float   fp32 products and sums of x and w; where both are bf16, a tier may count denormals
+//           as zero
+//   int8    x = x_scale[i] * int8 (kernels/quantize), int8 and int4 values only: a group's sum is
 //           exact in int32, and only the fp32 sum over groups is rounded
 #pragma once
 

@@ -1,7 +1,7 @@
 // int8 rows of x. vpermb selects, for 16 outputs and 4 slots at once, the codes of x that they
 // stored a weight for; vpdpbusd multiplies and adds them. Its unsigned operand is x + 128, and
 // 128 times the sum of a group's weights, which costs one product for all rows, is subtracted.
-#include "kernels/nm_gemm/nm_gemm_body.h"
+#include "kernels/nm_gemm/nm_gemm_avx512.h"
 
 namespace ow {
 namespace avx512 {
@@ -79,21 +79,16 @@ OW_INLINE void dot4(__m512i& acc, __m512i unsigned_x, __m512i w) {
   asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_x), "v"(w));
 }
 
-// The index lines of a panel, spread to one lane an output.
+// The index lines of a panel.
 class IndexReader {
  public:
   IndexReader(const NmGemmArgs& a, int64_t panel)
-      : index_(nm_unit_index(a, panel, 0)),
-        unit_bytes_(nm_unit_index_bytes(a.block, a.vector)),
-        line_bytes_(nm_index_lanes(a.vector) * 4),
-        mask_(__mmask16((1u << nm_index_lanes(a.vector)) - 1)) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i lanes = _mm512_set1_epi32(int(nm_index_lanes(a.vector)));
-    spread_ = _mm512_srli_epi32(_mm512_mullo_epi32(lane, lanes), 4);
-  }
+      : spread_(a.vector),
+        index_(nm_unit_index(a, panel, 0)),
+        unit_bytes_(nm_unit_index_bytes(a.block, a.vector)) {}
 
   __m512i line(int64_t unit, int64_t i) const {
-    return line_at(index_ + unit * unit_bytes_ + i * line_bytes_);
+    return spread_.line(index_ + unit * unit_bytes_, i);
   }
 
   void fetch(int64_t unit) const {
@@ -101,28 +96,10 @@ class IndexReader {
     _mm_prefetch(index_ + unit * unit_bytes_ + 64, _MM_HINT_T0);
   }
 
-  // The indices of four slots, the q-th of the unit, one a byte.
-  template <int kBlock>
-  __m512i quad(int64_t unit, uint32_t q) const {
-    constexpr int kLow = kBlock <= 8 ? 2 : 4;
-    constexpr uint32_t kQuads = 8 / kLow;  // of a line
-    const __m128i shift = _mm_cvtsi64_si128(q % kQuads * kLow);
-    const __m512i low = _mm512_and_si512(_mm512_srl_epi16(line(unit, q / kQuads), shift),
-                                         _mm512_set1_epi8((1 << kLow) - 1));
-    if constexpr (kBlock == 4 || kBlock == 16) return low;
-    const __mmask64 high = _mm512_test_epi8_mask(line(unit, kLow), _mm512_set1_epi8(char(1 << q)));
-    return _mm512_mask_add_epi8(low, high, low, _mm512_set1_epi8(1 << kLow));
-  }
-
  private:
-  __m512i line_at(const uint8_t* at) const {
-    return _mm512_permutexvar_epi32(spread_, _mm512_maskz_loadu_epi32(mask_, at));
-  }
-
+  LaneSpread spread_;
   const uint8_t* index_;
-  int64_t unit_bytes_, line_bytes_;
-  __mmask16 mask_;
-  __m512i spread_;
+  int64_t unit_bytes_;
 };
 
 // (a & mask) | b, mask for each byte.
@@ -139,13 +116,11 @@ class LineIndices {
   // From the q-th four slots of the row on.
   __attribute__((always_inline)) LineIndices(const IndexReader& index, int64_t q) {
     const int64_t unit = q / 8;
-    const int64_t line = q % 8 / kCount;
     const __m128i begin = _mm_cvtsi64_si128(q % kCount * kLow);
-    low_ = _mm512_srl_epi16(index.line(unit, line), begin);
-    if constexpr (kHigh) {  // bit q % 8 becomes bit kLow
+    low_ = _mm512_srl_epi16(index.line(unit, q % 8 / kCount), begin);
+    if constexpr (kHigh) {  // of each byte, bit q % 8 becomes bit kLow: turned right
       const __m512i high = index.line(unit, kLow);
-      high_ = _mm512_srl_epi16(line == 0 ? _mm512_slli_epi16(high, 2) : _mm512_srli_epi16(high, 2),
-                               _mm_cvtsi64_si128(q % kCount));
+      high_ = _mm512_shrdv_epi16(high, high, _mm512_set1_epi16(int16_t(q % 8 - kLow)));
     }
   }
   // Or `with`, one a byte.
@@ -161,7 +136,7 @@ class LineIndices {
 
  private:
   static constexpr int kLow = kBlock <= 8 ? 2 : 4;
-  static constexpr bool kHigh = kBlock == 8;
+  static constexpr bool kHigh = kBlock == 8 || kBlock == 32;
 
   __m512i low_, high_;
 };
@@ -225,11 +200,12 @@ OW_INLINE void add_lines(const NmGemmArgs& a, const uint8_t* values, const Index
   const int64_t stride = code_stride(a);
   int64_t period = begin / a.kept;
   int64_t of_period = begin % a.kept;
-  for (int64_t q = begin; q < end; ++q) {
+  LineIndices<kBlock> indices(index, begin);
+  for (int64_t q = begin; q < end; ++q, indices.next()) {
+    if (q % LineIndices<kBlock>::kCount == 0) indices = LineIndices<kBlock>(index, q);
     const __m512i w = weights_of<kBits>(values, q);
     sums->add_weights(w);
-    const __m512i select = _mm512_add_epi8(index.quad<kBlock>(q / 8, uint32_t(q) % 8),
-                                           _mm512_set1_epi32(int(quads.offset[of_period])));
+    const __m512i select = indices.get(_mm512_set1_epi32(int(quads.offset[of_period])));
     const uint8_t* from = x + period * 4 * kBlock + quads.column[of_period];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {

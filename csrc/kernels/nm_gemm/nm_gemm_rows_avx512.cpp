@@ -1,6 +1,6 @@
 // Few rows of x: the M values of a block lie in a register and vpermps selects, for 16 outputs at
 // once, the one that each of them stored a weight for. Bound by memory.
-#include "kernels/nm_gemm/nm_gemm_body.h"
+#include "kernels/nm_gemm/nm_gemm_avx512.h"
 
 namespace ow {
 namespace avx512 {
@@ -68,25 +68,11 @@ void multiply_rows(const NmGemmArgs& a, int64_t panel, int64_t row) {
   }
 }
 
-// --- 2:4: decoded in registers -------------------------------------------------------------------
+// --- 2:4 and 4:8: decoded in registers -----------------------------------------------------------
+//
+// The 16 slots of an index line select from 32 columns, which lie in one group.
 
-// An index line with one lane an output.
-class LaneSpread {
- public:
-  explicit LaneSpread(int32_t vector) : lanes_(int(nm_index_lanes(vector))) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    spread_ = _mm512_srli_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(lanes_)), 4);
-  }
-  __m512i line(const uint8_t* index, int64_t i) const {
-    const __mmask16 mask = __mmask16((1u << lanes_) - 1);
-    const __m512i lanes = _mm512_maskz_loadu_epi32(mask, index + i * lanes_ * 4);
-    return _mm512_permutexvar_epi32(spread_, lanes);
-  }
-
- private:
-  int lanes_;
-  __m512i spread_;
-};
+constexpr int64_t kLineColumns = 32;
 
 // The integers -8 .. 7 where their 4 bits say.
 OW_INLINE __m512 nibble_table() {
@@ -114,27 +100,62 @@ OW_INLINE VecF stored(const uint8_t* values) {
   }
 }
 
-// acc += 16 slots, which one index line describes and which lie in one group.
-template <int kBits, int kRows, int... kSlots>
-OW_INLINE void multiply_line(const uint8_t* values, __m512i index, const float* x, int64_t stride,
-                             VecF (*acc)[kRows]) {
+// What slot kSlot of a unit selects from its block, given its index line and that of the high bits.
+template <int kBlock, int kSlot>
+OW_INLINE __m512i selected(__m512i low, __m512i high) {
+  const __m512i field = _mm512_srli_epi32(low, kSlot % 4 * 8 + kSlot / 4 % 4 * 2);
+  if constexpr (kBlock == 4) return field;
+  constexpr int kDown = kSlot % 4 * 8 + kSlot / 4 - 2;  // of the high bit, to bit 2
+  __m512i bit;
+  if constexpr (kDown < 0) {
+    bit = _mm512_slli_epi32(high, -kDown);
+  } else {
+    bit = _mm512_srli_epi32(high, kDown);
+  }
+  return _mm512_ternarylogic_epi32(field, _mm512_set1_epi32(3), bit, 0xe2);  // bits 0, 1 of field
+}
+
+// acc += the slots of index line kLine of a unit.
+template <int kBlock, int kBits, int kRows, int kLine, int... kSlots>
+OW_INLINE void multiply_line(const uint8_t* values, __m512i low, __m512i high, const float* x,
+                             int64_t stride, VecF (*acc)[kRows]) {
   (
       [&]() __attribute__((always_inline)) {
         const VecF weight = stored<kBits, kSlots>(values);
-        const __m512i lanes = _mm512_srli_epi32(index, kSlots % 4 * 8 + kSlots / 4 % 4 * 2);
+        const __m512i lanes = selected<kBlock, kLine * 16 + kSlots>(low, high);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          const Columns<4> columns(x + r * stride + kSlots / 2 * 4);
+          const Columns<kBlock> columns(x + r * stride + kSlots / (kBlock / 2) * kBlock);
           acc[kSlots % 4][r] = fma(columns.select(lanes), weight, acc[kSlots % 4][r]);
         }
       }(),
       ...);
 }
 
-template <int kBits, int kRows>
-void multiply_rows_2_4(const NmGemmArgs& a, int64_t panel, int64_t row) {
-  constexpr int64_t kLineColumns = 32;
+// The scales of one index line after another.
+class LineScales {
+ public:
+  LineScales(const NmGemmArgs& a, int64_t panel)
+      : a_(a), panel_(panel), left_(a.groups == 1 ? INT64_MAX : a.group_size / kLineColumns) {}
+  VecF next() {
+    const VecF scales = load_scales(a_, panel_, g_);
+    if (--left_ == 0) {
+      left_ = a_.group_size / kLineColumns;
+      g_ = min_of(g_ + 1, a_.groups - 1);  // a line of padding may lie past the last group
+    }
+    return scales;
+  }
+
+ private:
+  const NmGemmArgs& a_;
+  int64_t panel_, left_;
+  int64_t g_ = 0;
+};
+
+template <int kBlock, int kBits, int kRows>
+void multiply_rows_half(const NmGemmArgs& a, int64_t panel, int64_t row) {
   const LaneSpread spread(a.vector);
+  LineScales scales(a, panel);
   const int64_t stride = nm_columns(a);
   const float* x = static_cast<const float*>(a.laid) + row * stride;
   VecF total[kRows];
@@ -142,31 +163,26 @@ void multiply_rows_2_4(const NmGemmArgs& a, int64_t panel, int64_t row) {
   const uint8_t* index = nm_unit_index(a, panel, 0);
   const uint8_t* values = nm_unit_values(a, panel, 0);
   const int64_t units = nm_units(a);
-  const int64_t unit_index_bytes = nm_unit_index_bytes(4, a.vector);
-  int64_t g = 0;
-  int64_t group_left = a.groups == 1 ? units * 2 : a.group_size / kLineColumns;
-  for (int64_t unit = 0; unit < units; ++unit, index += unit_index_bytes) {
-    for (int line = 0; line < 2; ++line, x += kLineColumns, values += 32 * kBits) {
-      VecF acc[4][kRows];
-      for (int c = 0; c < 4; ++c) {
-        for (int r = 0; r < kRows; ++r) acc[c][r] = set1(0.0f);
-      }
-      multiply_line<kBits, kRows, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(
-          values, spread.line(index, line), x, stride, acc);
-      VecF scale = set1(1.0f);
-      if constexpr (kBits <= 8) {
-        scale = load_scales(a, panel, g);
-        // A line of padding may lie past the last group; its values are zero.
-        if (--group_left == 0) {
-          group_left = a.group_size / kLineColumns;
-          g = min_of(g + 1, a.groups - 1);
-        }
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const VecF sum = add(add(acc[0][r], acc[1][r]), add(acc[2][r], acc[3][r]));
-        total[r] = kBits <= 8 ? fma(sum, scale, total[r]) : add(total[r], sum);
-      }
+  const auto add_line = [&]<int kLine>(__m512i high) __attribute__((always_inline)) {
+    VecF acc[4][kRows];
+    for (int c = 0; c < 4; ++c) {
+      for (int r = 0; r < kRows; ++r) acc[c][r] = set1(0.0f);
     }
+    multiply_line<kBlock, kBits, kRows, kLine, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                  15>(values, spread.line(index, kLine), high, x, stride, acc);
+    const VecF scale = kBits <= 8 ? scales.next() : set1(1.0f);
+    for (int r = 0; r < kRows; ++r) {
+      const VecF sum = add(add(acc[0][r], acc[1][r]), add(acc[2][r], acc[3][r]));
+      total[r] = kBits <= 8 ? fma(sum, scale, total[r]) : add(total[r], sum);
+    }
+    x += kLineColumns;
+    values += 32 * kBits;
+  };
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const __m512i high = kBlock == 8 ? spread.line(index, 2) : _mm512_setzero_si512();
+    add_line.template operator()<0>(high);
+    add_line.template operator()<1>(high);
+    index += nm_unit_index_bytes(kBlock, a.vector);
   }
   for (int r = 0; r < kRows; ++r) {
     alignas(64) float totals[kNmPanel];
@@ -185,22 +201,26 @@ RowsFn any_pattern(int64_t rows) {
                             multiply_rows<kBlock, 3>, multiply_rows<kBlock, 4>};
   return kBy[rows - 1];
 }
-template <int kBits>
-RowsFn two_of_four(int64_t rows) {
-  constexpr RowsFn kBy[] = {multiply_rows_2_4<kBits, 1>, multiply_rows_2_4<kBits, 2>,
-                            multiply_rows_2_4<kBits, 3>, multiply_rows_2_4<kBits, 4>};
+template <int kBlock, int kBits>
+RowsFn half_of_bits(int64_t rows) {
+  constexpr RowsFn kBy[] = {
+      multiply_rows_half<kBlock, kBits, 1>, multiply_rows_half<kBlock, kBits, 2>,
+      multiply_rows_half<kBlock, kBits, 3>, multiply_rows_half<kBlock, kBits, 4>};
   return kBy[rows - 1];
+}
+template <int kBlock>
+RowsFn half_pattern(int32_t bits, int64_t rows) {
+  switch (bits) {
+    case 4: return half_of_bits<kBlock, 4>(rows);
+    case 8: return half_of_bits<kBlock, 8>(rows);
+    case 16: return half_of_bits<kBlock, 16>(rows);
+    default: return half_of_bits<kBlock, 32>(rows);
+  }
 }
 
 RowsFn rows_fn(const NmGemmArgs& a, int64_t rows) {
-  if (a.block == 4 && a.kept == 2) {
-    switch (a.bits) {
-      case 4: return two_of_four<4>(rows);
-      case 8: return two_of_four<8>(rows);
-      case 16: return two_of_four<16>(rows);
-      default: return two_of_four<32>(rows);
-    }
-  }
+  if (a.block == 4 && a.kept == 2) return half_pattern<4>(a.bits, rows);
+  if (a.block == 8 && a.kept == 4) return half_pattern<8>(a.bits, rows);
   switch (a.block) {
     case 4: return any_pattern<4>(rows);
     case 8: return any_pattern<8>(rows);

@@ -47,12 +47,6 @@ constexpr int64_t kMaskK = 64;
 constexpr int64_t kBytesK = 256;
 constexpr int64_t kCountBytes = 2 * kSparsePanel;
 
-enum class ValueType : int32_t { f32, bf16, i8 };
-
-OW_INLINE int64_t value_size(ValueType type) {
-  return type == ValueType::f32 ? 4 : type == ValueType::bf16 ? 2 : 1;
-}
-
 // Where elements are, apart from their values. One of masks and bytes is the index, the other null.
 struct SparsePattern {
   int64_t n, k, panels, block_k, k_blocks;

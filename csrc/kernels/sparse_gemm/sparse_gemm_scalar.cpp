@@ -16,14 +16,6 @@ float row_element(const float* rows, int64_t m, int64_t i, int64_t k) {
   return rows[row_place(m, i, k)];
 }
 
-float read_value(const SparseGemmArgs& a, int64_t i) {
-  switch (a.value_type) {
-    case ValueType::f32: return static_cast<const float*>(a.values)[i];
-    case ValueType::bf16: return to_float(static_cast<const bf16*>(a.values)[i]);
-    default: return float(static_cast<const int8_t*>(a.values)[i]);
-  }
-}
-
 void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
   const SparsePattern& w = a.w;
   for (int64_t i = 0; i < a.m; ++i) {
@@ -31,7 +23,8 @@ void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
       float sums[kSparsePanel] = {};
       for (int64_t b = 0; b < w.k_blocks; ++b) {
         for_each_stored(w, panel * w.k_blocks + b, [&](int64_t value, int64_t r, int64_t column) {
-          sums[r] += read_value(a, value) * row_element(a.x, a.m, i, b * w.block_k + column);
+          const float stored = read_value(a.values, a.value_type, value);
+          sums[r] += stored * row_element(a.x, a.m, i, b * w.block_k + column);
         });
       }
       for (int64_t n = panel * kSparsePanel; n < min_of((panel + 1) * kSparsePanel, w.n); ++n) {

@@ -12,6 +12,7 @@ from torch import Tensor
 from openwork import checkpoint, quant
 from openwork.cli.calibration import calibration_tokens
 from openwork.cli.compress_options import (
+    AllocationOption,
     Bits,
     Calibration,
     DenseDtype,
@@ -30,10 +31,18 @@ from openwork.cli.compress_options import (
     StorageOption,
     Symmetric,
 )
-from openwork.cli.error_table import error_table, megabytes
 from openwork.cli.files import check_writable, read_text
-from openwork.cli.options import Dtype, ModelPath, Threads, load_model, set_threads
+from openwork.cli.linear_tables import error_table, megabytes
+from openwork.cli.options import (
+    Dtype,
+    ModelPath,
+    Threads,
+    in_dtype,
+    load_model,
+    set_threads,
+)
 from openwork.cli.pruning import (
+    Allocation,
     PruneMethod,
     check_pruning,
     leave_out,
@@ -58,6 +67,7 @@ def compress(
     prune_with: PruneWith = None,
     pattern: PatternOption = None,
     sparsity: Sparsity = None,
+    allocation: AllocationOption = None,
     storage: StorageOption = None,
     calibration: Calibration = None,
     samples: Samples = 128,
@@ -70,26 +80,26 @@ def compress(
 ) -> None:
     """Quantize or prune a model and write a directory that eval and generate read."""
     _check_grid(bits, group_size, head_bits)
-    check_pruning(prune_with, pattern, sparsity, bits, storage)
+    grid = Grid(4 if bits is None else bits, group_size or None, symmetric)
+    joint = None if bits is None else grid
+    check_pruning(prune_with, pattern, sparsity, allocation, joint, storage)
     _check_out(out, overwrite)
     set_threads(threads)
     # In float32, whatever it is written in: the algorithms and their statistics work in it.
     llama, tokenizer = load_model(model, Dtype.float32)
     tokens = None
     blind = method is Method.rtn if prune_with is None else prune_with is PruneMethod.magnitude
-    if blind:
+    if blind and allocation is not Allocation.evopress:
         resume = None
     else:
         tokens = _sample_tokens(tokenizer, calibration, samples, length)
     if prune_with is not None:
-        grid = None if bits is None else Grid(bits, group_size or None, symmetric)
-        pruning = prune(llama, prune_with, pattern, sparsity, tokens, grid, resume)
+        pruning = prune(llama, prune_with, pattern, sparsity, allocation, tokens, joint, resume)
         shapes = leave_out(llama.to(dtype.torch), prune_with, pattern, storage)
         _save(llama, model, out, dtype, overwrite)
-        print_pruning(pruning, out)
-        print_storage(shapes, dtype.value)
+        print_pruning(pruning, out, dtype)
+        print_storage(shapes, storage, joint, dtype)
         return
-    grid = Grid(4 if bits is None else bits, group_size or None, symmetric)
     report = quant.quantize_model(
         llama,
         "rtn" if method is Method.rtn else "gptq",
@@ -99,7 +109,7 @@ def compress(
         resume_dir=resume,
     )
     _save(llama, model, out, dtype, overwrite)
-    _print_report(report, quant.model_bytes(llama), out)
+    _print_report(report, quant.model_bytes(llama), out, dtype)
 
 
 def _sample_tokens(
@@ -140,13 +150,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
     check_writable(out)
 
 
-def _print_report(report: QuantizationReport, bytes_after: int, out: Path) -> None:
+def _print_report(report: QuantizationReport, bytes_after: int, out: Path, dtype: Dtype) -> None:
+    """Of a model in float32 that was written in ``dtype``, which the size before is given in."""
     console = Console()
     console.print(error_table(report.linears))
     table = Table("", "", show_header=False)
-    before = report.model_bytes_before
+    before = in_dtype(report.model_bytes_before, dtype)
     written = sum(file.stat().st_size for file in out.iterdir())
-    table.add_row("weights before", megabytes(before))
+    table.add_row(f"weights before, in {dtype.value}", megabytes(before))
     table.add_row("weights after", f"{megabytes(bytes_after)} ({bytes_after / before:.1%})")
     table.add_row("most memory used", megabytes(report.peak_bytes))
     table.add_row("  of it hidden states", megabytes(report.hidden_bytes))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from openwork.cli.options import Dtype
-from openwork.cli.pruning import PruneMethod, Storage
+from openwork.cli.pruning import Allocation, PruneMethod, Storage
 
 
 class Method(str, Enum):
@@ -48,6 +48,14 @@ PatternOption = Annotated[
 Sparsity = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Share of weights to remove, in place of --pattern."),
+]
+AllocationOption = Annotated[
+    Allocation | None,
+    typer.Option(
+        help="Of --sparsity to linears: the same to each (uniform), what falls below one threshold "
+        "on magnitudes (global; each keeps a tenth), or searched by running the model (evopress).",
+        show_default="uniform",
+    ),
 ]
 StorageOption = Annotated[
     Storage | None,

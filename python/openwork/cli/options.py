@@ -26,6 +26,11 @@ class Dtype(str, Enum):
         return dtype
 
 
+def in_dtype(float32_bytes: int, dtype: Dtype) -> int:
+    """Bytes in ``dtype`` of what takes so many in float32."""
+    return float32_bytes * dtype.torch.itemsize // torch.float32.itemsize
+
+
 ModelPath = Annotated[
     Path,
     typer.Argument(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.active import active_linear
+from ..ops.active import active_linear, unpack_columns
 from ..ops.sparse import compress_sparse, sparse_arguments, sparse_linear
 from ..ops.sparse_training import sparse_linear_train, transposed_pattern
 from ..packing import BlockSparseWeight, ColumnWeight, SparseWeight
@@ -54,8 +53,15 @@ class SparseLinear(PackedLinear):
         )
 
 
+# Rows of x that one dense product serves sooner than the kernel does one after another.
+_MANY_ROWS = 8
+
+
 class ActiveLinear(PackedLinear):
     """``y = sum over k with |x[k]| > threshold of x[k] * w[:, k]``, plus bias and add.
+
+    Up to 8 rows of x read only the columns that they need, one row after another; more are one
+    dense product, of which columns that are not active are multiplied by 0.
 
     Args:
         weight: from :func:`openwork.pack_columns` or :func:`openwork.pack_lowbit_columns`.
@@ -76,7 +82,16 @@ class ActiveLinear(PackedLinear):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is added before rounding."""
-        return active_linear(x, self.weight, self.threshold, self.bias, add)
+        if x.numel() <= _MANY_ROWS * self.weight.k:
+            return active_linear(x, self.weight, self.threshold, self.bias, add)
+        active = x.masked_fill(x.float().abs() <= self.threshold, 0)
+        y = nn.functional.linear(active, self._dense().to(x.dtype), self.bias)
+        return y if add is None else y.add_(add)
+
+    def _dense(self) -> Tensor:
+        """``[n, k]``: of floats a view, of codes what they stand for."""
+        w = self.weight
+        return w.columns[:, : w.n].T if w.scales is None else unpack_columns(w)
 
     def extra_repr(self) -> str:
         w = self.weight
@@ -151,31 +166,51 @@ class SumLinear(nn.Module):
 
 
 class SparseLowRankLinear(nn.Module):
-    """``y = (alpha / r) * (x @ down.T) @ up.T + x @ S.T`` with S on a fixed support, for training.
+    """``y = (alpha / r) * (x @ down.T) @ up.T + x @ S.T + add`` with S on a fixed support.
 
-    SLTrain (arXiv:2406.02214): up, down and the values of S are trained; the gradient of S is the
-    dense gradient restricted to the support, and neither it nor the sum of the weights is ever made
-    as a dense matrix.
+    For training. SLTrain (arXiv:2406.02214): up, down and the values of S are trained; the gradient
+    of S is the dense gradient restricted to the support, and neither it nor the sum of the weights
+    is ever made as a dense matrix. The support is saved with the module (``state_dict()``).
 
     Args:
-        up: ``[n, r]`` float32.
-        down: ``[r, k]`` float32.
+        up: ``[n, r]`` float32, B of the paper.
+        down: ``[r, k]`` float32, A.
         sparse: float32 S ``[n, k]``, from :func:`openwork.compress_sparse`.
         alpha: of the scale ``alpha / r``.
 
     Attributes:
         values: parameter, the stored values of S as :class:`~openwork.SparseWeight` has them; the
             zeros after them stay zero.
+
+    Raises:
+        ValueError: shapes that do not make a sum, or values of S in another dtype.
     """
 
-    def __init__(self, up: Tensor, down: Tensor, sparse: SparseWeight, alpha: float) -> None:
+    def __init__(self, up: Tensor, down: Tensor, sparse: SparseWeight, alpha: float = 32.0) -> None:
         super().__init__()
+        n, k = sparse.n, sparse.k
+        if up.shape[:1] != (n,) or down.shape[1:] != (k,) or up.shape[1:] != down.shape[:1]:
+            raise ValueError(
+                f"SparseLowRankLinear: up [n, r] and down [r, k] of S, {[n, k]}, expected, "
+                f"got {list(up.shape)} and {list(down.shape)}"
+            )
+        if sparse.values.dtype != torch.float32 or sparse.scales is not None:
+            raise ValueError(
+                "SparseLowRankLinear: S must hold float32 values without scales, "
+                f"got {sparse.values.dtype} and scales = {sparse.scales}"
+            )
+        self.in_features, self.out_features = k, n
         self.up = nn.Parameter(up)
         self.down = nn.Parameter(down)
         self.values = nn.Parameter(sparse.values.clone())
         self.scale = alpha / up.shape[1]
-        self._pattern = sparse
-        self._transposed, self._order = transposed_pattern(sparse)
+        transposed, order = transposed_pattern(sparse)
+        for name, tensor in (
+            ("index", sparse.index), ("offsets", sparse.offsets), ("order", order),
+            ("transposed_index", transposed.index), ("transposed_offsets", transposed.offsets),
+        ):  # fmt: skip
+            self.register_buffer(name, tensor)
+        self._layout = sparse.layout
 
     @classmethod
     def random(
@@ -189,14 +224,32 @@ class SparseLowRankLinear(nn.Module):
     ) -> SparseLowRankLinear:
         """SLTrain's start: up 0, down Kaiming-uniform, S uniform in ``+-1/sqrt(k)``.
 
+        Args:
+            in_features, out_features: k and n.
+            rank: r, at least 1.
+            density: share of the places of S that are its support, 0 to 1; chosen at random, to the
+                nearest whole number of places.
+            alpha: of the scale ``alpha / r``.
+            generator: of the support and of all values.
+
+        Raises:
+            ValueError: a size below 1, or a density out of its range.
+
         Example:
             >>> layer = openwork.nn.SparseLowRankLinear.random(64, 32, rank=4)
             >>> layer(torch.ones(2, 64)).shape
             torch.Size([2, 32])
         """
+        if min(in_features, out_features, rank) < 1 or not 0 <= density <= 1:
+            raise ValueError(
+                "SparseLowRankLinear: sizes and a rank of at least 1 and density in 0 .. 1 "
+                f"expected, got {in_features}, {out_features}, {rank} and {density}"
+            )
         shape = (out_features, in_features)
         bound = 1.0 / math.sqrt(in_features)
-        mask = torch.rand(shape, generator=generator) < density
+        places = torch.randperm(out_features * in_features, generator=generator)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        mask.view(-1)[places[: round(density * len(places))]] = True
         values = (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
         # Kaiming-uniform with a = sqrt(5), as torch's own linear: bound 1 / sqrt(fan in).
         down = (2.0 * torch.rand(rank, in_features, generator=generator) - 1.0) * bound
@@ -204,21 +257,29 @@ class SparseLowRankLinear(nn.Module):
 
     def sparse_weight(self) -> SparseWeight:
         """S with its current values, for :class:`SparseLinear`."""
-        return replace(self._pattern, values=self.values.detach())
+        return self._pattern(self.get_buffer("index"), self.get_buffer("offsets"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[..., k]`` -> ``[..., n]``."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x ``[..., k]`` -> ``[..., n]``; ``add [..., n]`` is one more term."""
+        sparse = self.sparse_weight()
         if torch.is_grad_enabled():
-            y = sparse_linear_train(x, self.values, self._pattern, self._transposed, self._order)
+            transposed = self._pattern(
+                self.get_buffer("transposed_index"), self.get_buffer("transposed_offsets"), True
+            )
+            y = sparse_linear_train(x, self.values, sparse, transposed, self.get_buffer("order"))
         else:
-            y = sparse_linear(x, self.sparse_weight())
+            y = sparse_linear(x, sparse)
         n, r = self.up.shape
-        rows = nn.functional.linear(x, self.down).view(-1, r)
-        return torch.addmm(y.view(-1, n), rows, self.up.T, alpha=self.scale).view(y.shape)
+        rows = nn.functional.linear(x, self.down).reshape(-1, r)
+        y = torch.addmm(y.view(-1, n), rows, self.up.T, alpha=self.scale).view(y.shape)
+        return y if add is None else y + add
+
+    def _pattern(self, index: Tensor, offsets: Tensor, transposed: bool = False) -> SparseWeight:
+        n, k = self.out_features, self.in_features
+        sizes = (k, n) if transposed else (n, k)
+        return SparseWeight(index, offsets, self.values.detach(), None, self._layout, *sizes)
 
     def extra_repr(self) -> str:
         n, r = self.up.shape
-        density = self._pattern.density
-        return (
-            f"in_features={self.down.shape[1]}, out_features={n}, rank={r}, density={density:.3g}"
-        )
+        density = self.sparse_weight().density
+        return f"in_features={self.in_features}, out_features={n}, rank={r}, density={density:.3g}"

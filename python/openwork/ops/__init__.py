@@ -18,7 +18,8 @@ from .kv_policy import kv_compact, kv_evict, kv_merge, select_pages
 from .lowbit import lowbit_embedding, lowbit_linear, pack_lowbit, quantize_rows, unpack_lowbit
 from .merge_states import merge_states
 from .nm import compress_nm, expand_nm, nm_linear
-from .nm_training import nm_linear_ste, nm_mask
+from .nm_mask import nm_mask
+from .nm_training import nm_linear_ste, straight_through
 from .paged_attention import paged_attention
 from .sparse import compress_sparse, expand_sparse, sparse_linear
 from .sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
@@ -68,6 +69,7 @@ __all__ = [
     "sparse_linear",
     "sparse_linear_train",
     "sparse_values_grad",
+    "straight_through",
     "transposed_pattern",
     "unpack_columns",
     "unpack_lowbit",

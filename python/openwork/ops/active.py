@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._native import layouts
-from ..packing import COLUMN_LAYOUTS, ColumnWeight, value_bits
+from ..packing import COLUMN_LAYOUTS, ColumnWeight, strip_outputs, value_bits
 from .checks import (
     check,
     check_contiguous,
@@ -68,7 +68,7 @@ def pack_lowbit_columns(
         scales: ``[n, ceil(k / group_size)]`` float32, float16 or bfloat16; kept as float32.
         zeros: ``[n, ceil(k / group_size)]`` uint8 in ``0 .. 2**bits - 1``, or None: symmetric,
             zero point ``2 ** (bits - 1)``.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8.
         group_size: 16, 32, 64, 128, or k.
 
     Returns:
@@ -102,7 +102,7 @@ def pack_lowbit_columns(
         )
 
     def by_group(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor.T, (0, -n % (512 // bits))).contiguous()
+        return torch.nn.functional.pad(tensor.T, (0, -n % strip_outputs(bits))).contiguous()
 
     return ColumnWeight(
         columns,
@@ -210,7 +210,7 @@ def _check_columns(
     sizes = (16, 32, 64, 128, k) if bits else (k,)
     text = f"16, 32, 64, 128 or k = {k}" if bits else f"k = {k}"
     check(group_size in sizes, f"{op}: group_size must be {text}, got {group_size}")
-    strip = 512 // bits if bits else 16
+    strip = strip_outputs(bits)
     n_padded = -(-n // strip) * strip
     if bits == 0:
         check_fp32_or_bf16(op, "columns", columns)
@@ -252,7 +252,7 @@ def _active_linear_fake(
 
 
 def _check_code_bits(op: str, bits: int) -> None:
-    check(bits in (2, 4, 8), f"{op}: bits must be 2, 4 or 8, got {bits}")
+    check(bits in (2, 3, 4, 8), f"{op}: bits must be 2, 3, 4 or 8, got {bits}")
 
 
 @torch.library.register_fake("openwork::pack_code_columns")
@@ -263,7 +263,7 @@ def _pack_code_columns_fake(codes: Tensor, bits: int) -> Tensor:
     check(codes.dim() == 2, f"{op}: codes must be [n, k], got {list(codes.shape)}")
     n, k = codes.shape
     check_weight_size(op, n, k)
-    return codes.new_empty((k, -(-n // (512 // bits)), 64))
+    return codes.new_empty((k, -(-n // strip_outputs(bits)), 64))
 
 
 @torch.library.register_fake("openwork::unpack_code_columns")
@@ -274,6 +274,6 @@ def _unpack_code_columns_fake(columns: Tensor, bits: int, n: int) -> Tensor:
     check(columns.dim() == 3, f"{op}: columns must be [k, strips, 64], got {list(columns.shape)}")
     k = columns.shape[0]
     check_weight_size(op, n, k)
-    check_shape(op, "columns", columns, [k, -(-n // (512 // bits)), 64])
+    check_shape(op, "columns", columns, [k, -(-n // strip_outputs(bits)), 64])
     check_contiguous(op, "columns", columns)
     return columns.new_empty((n, k))

@@ -11,10 +11,10 @@ from .checks import (
     check,
     check_contiguous,
     check_dtype,
-    check_fp32_or_bf16,
     check_linear_x,
     check_operand,
     check_shape,
+    check_value_type,
     check_weight_size,
     linear_result,
 )
@@ -25,7 +25,7 @@ _BLOCKS = {block_of(tag): tag for tag in BLOCK_LAYOUTS}
 
 
 def compress_block_sparse(
-    weight: Tensor, block: int, mask: Tensor | None = None
+    weight: Tensor, block: int, mask: Tensor | None = None, scales: Tensor | None = None
 ) -> BlockSparseWeight:
     """Store some square blocks of a weight for :func:`sparse_linear` (BSR).
 
@@ -33,10 +33,11 @@ def compress_block_sparse(
     up with zeros.
 
     Args:
-        weight: ``[n, k]`` float32 or bfloat16.
+        weight: ``[n, k]`` float32, bfloat16, or int8 codes.
         block: rows and columns of a block: 16, 32 or 64.
         mask: ``[ceil(n / block), ceil(k / block)]`` bool: the blocks to store; None: those that are
             not all zero.
+        scales: ``[n]`` float32 that rows are multiplied by, as int8 codes want; or None.
 
     Returns:
         A :class:`~openwork.BlockSparseWeight` of new tensors in huge-page memory.
@@ -58,14 +59,15 @@ def compress_block_sparse(
         mask = torch.zeros(0, 0, dtype=torch.bool)
     indptr, indices, values = torch.ops.openwork.compress_block_sparse(weight, mask, block, blocks)
     n, k = weight.shape
-    return BlockSparseWeight(indptr, indices, values, _BLOCKS[block], n, k).in_huge_pages()
+    tag = _BLOCKS[block]
+    return BlockSparseWeight(indptr, indices, values, scales, tag, n, k).in_huge_pages()
 
 
 def expand_block_sparse(weight: BlockSparseWeight) -> Tensor:
     """The inverse of :func:`compress_block_sparse`: zeros where no block is stored.
 
     Returns:
-        ``[n, k]`` in the dtype of the values.
+        ``[n, k]`` in the dtype of the values, not multiplied by ``weight.scales``.
 
     Raises:
         ValueError: tensors that do not fit the layout.
@@ -84,6 +86,7 @@ def expand_block_sparse(weight: BlockSparseWeight) -> Tensor:
 def _check_blocks(
     op: str, indptr: Tensor, indices: Tensor, values: Tensor, layout: int, n: int, k: int
 ) -> None:
+    check_value_type(op, "values", values)
     tags = layouts()
     got = tags[layout] if 0 <= layout < len(tags) else f"id {layout}"
     check(got in BLOCK_LAYOUTS, f"{op}: layout must be one of blocks, got {got}")
@@ -103,6 +106,7 @@ def _block_sparse_linear_fake(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     bias: Tensor | None,
     add: Tensor | None,
     layout: int,
@@ -111,8 +115,9 @@ def _block_sparse_linear_fake(
 ) -> Tensor:
     op = "block_sparse_linear"
     check_linear_x(op, x, k)
-    check_fp32_or_bf16(op, "values", values)
     _check_blocks(op, indptr, indices, values, layout, n, k)
+    if scales is not None:
+        check_operand(op, "scales", scales, torch.float32, [n])
     return linear_result(op, x, n, bias, add)
 
 
@@ -121,7 +126,7 @@ def _compress_block_sparse_fake(
     weight: Tensor, mask: Tensor, block: int, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "compress_block_sparse"
-    check_fp32_or_bf16(op, "weight", weight)
+    check_value_type(op, "weight", weight)
     check(weight.dim() == 2, f"{op}: weight must be [n, k], got {list(weight.shape)}")
     check(block in _BLOCKS, f"{op}: block must be 16, 32 or 64, got {block}")
     n, k = weight.shape
@@ -145,6 +150,5 @@ def _expand_block_sparse_fake(
     indptr: Tensor, indices: Tensor, values: Tensor, layout: int, n: int, k: int
 ) -> Tensor:
     op = "expand_block_sparse"
-    check_fp32_or_bf16(op, "values", values)
     _check_blocks(op, indptr, indices, values, layout, n, k)
     return values.new_empty((n, k))

@@ -51,6 +51,14 @@ def check_fp32_or_bf16(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
+def check_value_type(op: str, name: str, tensor: Tensor) -> None:
+    check_defined(op, name, tensor)
+    check(
+        tensor.dtype in (torch.float32, torch.bfloat16, torch.int8),
+        f"{op}: {name} must be float32, bfloat16 or int8, got {dtype_name(tensor.dtype)}",
+    )
+
+
 def check_shape(op: str, name: str, tensor: Tensor, want: list[int]) -> None:
     check(
         list(tensor.shape) == want,

@@ -125,7 +125,8 @@ def nm_linear(
     """Multiply by an N:M sparse weight: ``x @ expand(weight).T + bias + add``.
 
     Executes only the products of kept weights and reads ``weight.nbytes`` bytes of them; one
-    rounding to the dtype of x at the end. The result does not depend on the number of threads.
+    rounding to the dtype of x at the end. The result does not depend on the number of threads. That
+    of a row may differ in its last bits with the number of rows, which decides on the kernel.
 
     Args:
         x: ``[..., k]`` float32, bfloat16 or float16; made contiguous if it is not.

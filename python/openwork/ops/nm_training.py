@@ -6,82 +6,81 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .._native import layouts
 from ..packing import nm_layout_for_bits
 from .checks import check
 from .nm import nm_linear_overload
+from .nm_mask import nm_mask
 
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
 _LAYOUT_IDS = {bits: layouts().index(nm_layout_for_bits(bits)) for bits in _BITS.values()}
 
 
-def nm_mask(weight: Tensor, pattern: tuple[int, int] = (2, 4), *, vector: int = 1) -> Tensor:
-    """The N:M mask that keeps the largest magnitudes: of each block of M columns the N largest.
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, keep: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, keep)
+        ctx.decay = decay
+        return weight.masked_fill(~keep, 0)
 
-    With ``vector`` V, of the sums of ``|weight|`` over V consecutive rows. Of equal magnitudes the
-    first is kept.
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weight, keep = ctx.saved_tensors
+        grad = gradients[0]
+        if ctx.decay:
+            grad = grad + ctx.decay * weight.masked_fill(keep, 0)
+        return grad, None, None
+
+
+def straight_through(weight: Tensor, keep: Tensor, decay: float) -> Tensor:
+    """``W * m``, whose gradient is that of SR-STE (Zhou et al. 2021, arXiv:2102.04010).
+
+    It passes the mask as if it were not there, and pulls what is masked towards zero, so that the
+    mask settles: ``dL/dW = dL/d(W * m) + decay * (1 - m) * W``.
 
     Args:
-        weight: ``[n, k]`` of any float dtype.
-        pattern: ``(N, M)``.
-        vector: rows that share a mask.
+        weight: ``[n, k]`` floating point, W.
+        keep: ``[n, k]`` bool, m.
+        decay: lambda of the paper; 0 is the plain straight-through estimator.
 
     Returns:
-        ``[n, k]`` bool.
-
-    Raises:
-        ValueError: weight is no matrix, or N:M or V is none.
+        ``[n, k]``, dtype of weight, differentiable in weight, once.
 
     Example:
-        >>> openwork.ops.nm_mask(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), (2, 4)).int().tolist()
-        [[0, 1, 1, 0]]
+        >>> w = torch.tensor([[3.0, 1.0]], requires_grad=True)
+        >>> openwork.ops.straight_through(w, torch.tensor([[True, False]]), 0.5).sum().backward()
+        >>> w.grad
+        tensor([[1.0000, 1.5000]])
     """
-    op = "nm_mask"
-    kept, block = pattern
-    check(weight.dim() == 2, f"{op}: weight must be [n, k], got {list(weight.shape)}")
-    check(1 <= kept < block, f"{op}: pattern must be N:M with 1 <= N < M, got {kept}:{block}")
-    check(vector >= 1, f"{op}: vector must be at least 1, got {vector}")
-    n, k = weight.shape
-    # Columns past k are kept last.
-    sizes = pad(weight.abs(), (0, -k % block), value=-1.0)
-    sizes = pad(sizes, (0, 0, 0, -n % vector))
-    blocks = sizes.view(-1, vector, sizes.shape[1] // block, block).sum(dim=1)
-    order = blocks.argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(blocks, dtype=torch.bool).scatter(-1, order[..., :kept], True)
-    return mask.flatten(1).repeat_interleave(vector, dim=0)[:n, :k]
+    masked: Tensor = _StraightThrough.apply(weight, keep, decay)
+    return masked
 
 
-class _NmLinearSte(torch.autograd.Function):
+class _NmProduct(torch.autograd.Function):
+    """``x @ weight.T``, of which ``mask`` says what is not zero, with dense gradients."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, kept: int, block: int, vector: int, decay: float
+        ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, kept: int, block: int, vector: int
     ) -> Tensor:
-        mask = nm_mask(weight, (kept, block), vector=vector)
+        ctx.save_for_backward(x, weight)
         n, k = weight.shape
         bits = _BITS[weight.dtype]
         values, index, _ = torch.ops.openwork.compress_nm(
             weight, mask, None, kept, block, vector, bits, k
         )
-        layout = _LAYOUT_IDS[bits]
-        ctx.save_for_backward(x, weight, mask)
-        ctx.decay = decay
-        y: Tensor = nm_linear_overload(
-            x, values, index, None, None, None, layout, n, k, kept, block, vector, k, 0
-        )
+        numbers = (_LAYOUT_IDS[bits], n, k, kept, block, vector, k, 0)
+        y: Tensor = nm_linear_overload(x, values, index, None, None, None, *numbers)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight * mask).to(grad.dtype)
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
-            if ctx.decay:
-                grad_weight = grad_weight + ctx.decay * (weight * ~mask)
+            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -95,10 +94,8 @@ def nm_linear_ste(
 ) -> Tensor:
     """Multiply by the N:M part of a dense weight that is being trained: ``x @ (W * m).T``.
 
-    ``m = nm_mask(W)``, anew at each call; the product is :func:`openwork.nm_linear`'s. The gradient
-    is that of SR-STE (Zhou et al., "Learning N:M fine-grained structured sparse neural networks
-    from scratch", 2021): it passes the mask as if it were not there, and pulls what is masked
-    towards zero, so that the mask settles:
+    ``m = nm_mask(W)``, anew at each call; the product is :func:`openwork.nm_linear`'s, and the
+    gradient that of :func:`openwork.ops.straight_through`:
 
         grad_x = g @ (W * m)        grad_W = g.T @ x + decay * (1 - m) * W
 
@@ -107,7 +104,7 @@ def nm_linear_ste(
         weight: ``[n, k]`` W, dtype of x; the dense master weight.
         pattern: ``(N, M)`` as in :func:`openwork.compress_nm`.
         vector: 1, 8, 16 or 32 rows that share a mask.
-        decay: lambda of the paper; 0 is the plain straight-through estimator.
+        decay: see :func:`openwork.ops.straight_through`.
 
     Returns:
         ``[..., n]``, dtype of x, differentiable in x and weight, once.
@@ -132,5 +129,7 @@ def nm_linear_ste(
     check(weight.dim() == 2, f"{op}: weight must be [n, k], got {list(weight.shape)}")
     check(x.dim() >= 2, f"{op}: x must have at least two dimensions, got {list(x.shape)}")
     kept, block = pattern
-    y: Tensor = _NmLinearSte.apply(x, weight, kept, block, vector, decay)
+    mask = nm_mask(weight.detach(), pattern, vector=vector)
+    masked = straight_through(weight, mask, decay)
+    y: Tensor = _NmProduct.apply(x, masked, mask, kept, block, vector)
     return y

@@ -23,8 +23,8 @@ from .checks import (
     check_linear_x,
     check_operand,
     check_shape,
+    check_value_type,
     check_weight_size,
-    dtype_name,
     linear_result,
 )
 
@@ -38,7 +38,6 @@ BITMASK, BYTES = "bitmask_n16k64@1", "bytes_n16k256@1"
 # The density up to which a weight is stored with a byte a value: where that is less than a bit an
 # element.
 BYTES_DENSITY = 1 / 8
-_VALUE_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def compress_sparse(
@@ -113,7 +112,8 @@ def sparse_linear(
     """Multiply by a sparse weight: ``x @ expand(weight).T + bias + add``.
 
     Reads ``weight.nbytes`` bytes of weights; fp32 sums, and one rounding to the dtype of x at the
-    end. The result does not depend on the number of threads. What is not stored takes no part: an
+    end. The result does not depend on the number of threads; that of a row may differ in its last
+    bits with the number of rows, which decides on the kernel. What is not stored takes no part: an
     infinity of x there does not become a NaN.
 
     Args:
@@ -147,7 +147,8 @@ def sparse_arguments(
     """The overload :func:`sparse_linear` calls, and what it takes after x and after add."""
     numbers = (weight.layout_id, weight.n, weight.k)
     if isinstance(weight, BlockSparseWeight):
-        return block_sparse_linear_overload, (weight.indptr, weight.indices, weight.values), numbers
+        blocks = (weight.indptr, weight.indices, weight.values, weight.scales)
+        return block_sparse_linear_overload, blocks, numbers
     tensors = (weight.index, weight.offsets, weight.values, weight.scales)
     return sparse_linear_overload, tensors, numbers
 
@@ -167,14 +168,6 @@ def check_sparse_layout(op: str, layout: int) -> str:
     tag = TAGS[layout] if 0 <= layout < len(TAGS) else f"id {layout}"
     check(tag in SPARSE_LAYOUTS, f"{op}: {_layout_message(tag)}")
     return tag
-
-
-def check_value_type(op: str, name: str, tensor: Tensor) -> None:
-    check(tensor is not None, f"{op}: {name} must be a tensor, got None")
-    check(
-        tensor.dtype in _VALUE_TYPES,
-        f"{op}: {name} must be float32, bfloat16 or int8, got {dtype_name(tensor.dtype)}",
-    )
 
 
 def pattern_shape(tag: str, n: int, k: int) -> list[int]:

@@ -6,6 +6,7 @@ from openwork.prune.activation import (
     CatsLinear,
     TealLinear,
     set_thresholds,
+    skip_columns,
     sparsify_activations,
 )
 from openwork.prune.delta import dare
@@ -18,7 +19,6 @@ from openwork.prune.methods import METHODS, Method
 from openwork.prune.model import STRUCTURED, prune_model
 from openwork.prune.pruned import PrunedTensor
 from openwork.prune.report import LinearReport, PruningReport
-from openwork.prune.sltrain import SparseLowRankLinear
 from openwork.prune.sparsegpt import sparsegpt
 from openwork.prune.speed import ShapeReport, leave_out_zeros
 from openwork.prune.sr_ste import FineTuneReport, SrSteLinear, sr_ste
@@ -38,7 +38,6 @@ __all__ = [
     "PrunedTensor",
     "PruningReport",
     "ShapeReport",
-    "SparseLowRankLinear",
     "SrSteLinear",
     "Stage",
     "TealLinear",
@@ -55,6 +54,7 @@ __all__ = [
     "magnitude",
     "prune_model",
     "set_thresholds",
+    "skip_columns",
     "sparsegpt",
     "sparsify_activations",
     "sr_ste",

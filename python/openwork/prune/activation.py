@@ -2,11 +2,11 @@
 
 Two places for a threshold ``t``, found on sample text as the quantile of what is below it::
 
-    TEAL   x <- 0 where |x| < t                the input of every linear
+    TEAL   x <- 0 where |x| <= t               the input of every linear
     CATS   h <- 0 where |h| < t                h = silu(gate), before h * up
 
 With ``t = 0`` nothing changes, and the model is the dense one, bit for bit. Otherwise a linear's
-output is that of the dense linear on the zeroed input.
+output is that of the dense linear on the zeroed input. :func:`skip_columns` makes time of it.
 
 TEAL: Liu et al. 2024, arXiv 2408.14690, here with one share for all linears. CATS: Lee et al. 2024,
 arXiv 2404.08763. The quantiles come from a histogram of the upper 16 bits of ``|x|`` as float32,
@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from openwork.quant.calibration import calibrate
+from openwork.nn import ActiveLinear, LowbitLinear
+from openwork.ops import pack_columns, pack_lowbit_columns, unpack_lowbit
+from openwork.quant.calibration import calibrate, check_dense
 
 if TYPE_CHECKING:
     from openwork.models import Llama
@@ -73,7 +75,7 @@ class MagnitudeHistogram:
 
 
 class TealLinear(nn.Module):
-    """A linear that takes inputs ``|x| < threshold`` for 0.
+    """A linear that takes inputs ``|x| <= threshold`` for 0.
 
     Args:
         linear: any linear of a :class:`~openwork.models.Llama`.
@@ -87,7 +89,7 @@ class TealLinear(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """``x [..., k] -> [..., n]``; ``add`` has the shape of the result."""
-        y: Tensor = self.linear(x.masked_fill(x.abs() < self.threshold, 0), add=add)
+        y: Tensor = self.linear(x.masked_fill(x.abs() <= self.threshold, 0), add=add)
         return y
 
 
@@ -130,8 +132,8 @@ def sparsify_activations(
         progress: show a progress bar.
 
     Returns:
-        The thresholds by the name of the linear, for :func:`set_thresholds`: they are not part of
-        what :func:`openwork.save` writes.
+        The thresholds by the name of the linear, for :func:`set_thresholds`: they have no form in
+        a file, and :func:`openwork.save` refuses a model with them.
 
     Raises:
         ValueError: an option out of its range, bad tokens, or a model that is not dense.
@@ -141,12 +143,7 @@ def sparsify_activations(
             "sparsify_activations: method 'teal' or 'cats' and share in 0 .. 1 expected, "
             f"got {method!r} and {share}"
         )
-    for name, _, _ in model.linears():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"sparsify_activations: {name} must be dense, got {type(linear).__name__}"
-            )
+    check_dense("sparsify_activations", model)
     run = _Thresholds(method, share)
     calibrate(model, calibration, run, progress=progress)
     return run.found
@@ -174,6 +171,61 @@ def set_thresholds(model: Llama, thresholds: Mapping[str, float], *, method: Pla
         parent, attribute = places[name]
         wrapper = TealLinear if method == "teal" else CatsLinear
         setattr(parent, attribute, wrapper(getattr(parent, attribute), threshold))
+
+
+@torch.no_grad()
+def skip_columns(model: Llama) -> None:
+    """Let a token read only the columns of weights that thresholds leave, in place.
+
+    Linears with a TEAL threshold, and those after gates with a CATS threshold (``mlp.down``),
+    become :class:`~openwork.nn.ActiveLinear`: their weights lie column after column, in the dtype
+    or the codes they have, and no longer in rows. Do it last, after quantizing and after
+    ``model.to``. A model's results change by roundings, and where low-bit linears rounded their
+    inputs to int8: column-skipping ones do not.
+
+    Args:
+        model: with thresholds, from :func:`sparsify_activations` or :func:`set_thresholds`.
+
+    Raises:
+        ValueError: a model without thresholds, or a linear after them that is neither dense, in
+            float32 or bfloat16, nor low-bit; nothing has changed.
+
+    Example:
+        >>> from openwork.models import Llama, LlamaConfig
+        >>> model = Llama(LlamaConfig("llama", vocab_size=64, hidden_size=32, ffn_size=48, layers=2,
+        ...                           heads=4, kv_heads=2, head_dim=8, context_length=128))
+        >>> set_thresholds(model, {"layers.1.mlp.down": 0.1}, method="teal")
+        >>> skip_columns(model)
+        >>> model.layers[1].mlp.down
+        ActiveLinear(in_features=48, out_features=32, threshold=0.1, layout='columns_n16k1@1')
+    """
+    found = {name: getattr(parent, attribute) for name, parent, attribute in model.linears()}
+    active: dict[str, ActiveLinear] = {}
+    for name, linear in found.items():
+        if isinstance(linear, TealLinear):
+            active[name] = _by_columns(name, linear.linear, linear.threshold)
+        elif isinstance(linear, CatsLinear):
+            after = name.replace("gate_up", "down")
+            if not isinstance(found[after], TealLinear):  # else with its own threshold
+                active[after] = _by_columns(after, found[after], 0.0)
+    if not active:
+        raise ValueError("skip_columns: a model with thresholds expected, got one without")
+    for name, linear in active.items():
+        model.set_submodule(name, linear)
+
+
+def _by_columns(name: str, linear: nn.Module, threshold: float) -> ActiveLinear:
+    if isinstance(linear, LowbitLinear):
+        w = linear.weight
+        codes, scales, zeros = unpack_lowbit(w)
+        columns = pack_lowbit_columns(codes, scales, zeros, bits=w.bits, group_size=w.group_size)
+    elif isinstance(linear, nn.Linear) and linear.weight.dtype != torch.float16:
+        columns = pack_columns(linear.weight.detach())
+    else:
+        raise ValueError(
+            f"skip_columns: {name} must be dense, in float32 or bfloat16, or low-bit, got {linear}"
+        )
+    return ActiveLinear(columns, threshold, None if linear.bias is None else linear.bias.detach())
 
 
 def _gate(gate_up: Tensor) -> Tensor:

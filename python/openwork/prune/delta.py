@@ -5,6 +5,11 @@ scaled up so that the expectation stays::
 
     DARE(D) = m * D / (1 - p)        m_ij = 1 with probability 1 - p, else 0        E[DARE(D)] = D
 
+A linear of the base and its difference run as one, and many differences can share the base::
+
+    delta = dare(base.weight, tuned.weight, 0.9, seed=0)
+    nn.SumLinear([base, nn.SparseLinear(compress_sparse(delta.weight, delta.keep))])
+
 Yu et al. 2023, arXiv 2311.03099.
 """
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from openwork.prune.masks import Unstructured
 from openwork.prune.methods import METHODS, Method
-from openwork.prune.storage import sparse_linear
-from openwork.quant.calibration import InputSecondMoment, calibrate
+from openwork.prune.storage import sparse_module
+from openwork.quant.calibration import InputSecondMoment, calibrate, check_dense
 
 if TYPE_CHECKING:
     from openwork.models import Llama
@@ -169,7 +169,7 @@ def evopress(
 
     Args:
         model: dense.
-        method: as for :func:`~openwork.prune.prune_model`.
+        method: as for :func:`~openwork.prune.prune_model`, one that prunes a linear at a time.
         sparsity: share of the weights of every linear at the start, and of all together always.
         calibration: ``[samples, length]`` int64 token ids, for the levels and the fitness; shuffle
             them if neighbouring samples are alike.
@@ -184,9 +184,14 @@ def evopress(
         fitness.
 
     Raises:
-        ValueError: levels outside 0 .. 1, more samples than there are, or what
-            :func:`~openwork.prune.prune_model` refuses.
+        ValueError: an unknown method, levels outside 0 .. 1, more samples than there are, bad
+            calibration tokens, or a model that is not dense.
     """
+    check_dense("evopress", model)
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(
+            f"evopress: method must be a function or one of {', '.join(METHODS)}, got {method!r}"
+        )
     shares = _shares(model, sparsity, step, reach)
     start = (reach,) * len(shares)
     _check_search(list(shares), start, 2 * reach, stages, generations, offspring)
@@ -268,7 +273,7 @@ class _Database:
         levels = [tensors[key] for key in sorted(tensors)]
         if levels[0].dtype is torch.float16:  # stored values are float32 or bfloat16
             levels = [weight.float() for weight in levels]
-        self.linears[name] = [sparse_linear(weight, bias, None) for weight in levels]
+        self.linears[name] = [sparse_module(weight, bias, None) for weight in levels]
 
 
 class _Fitness:

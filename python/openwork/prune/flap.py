@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from openwork.prune.structure import Kept, remove_units, unit_parameters
-from openwork.quant.calibration import CalibrationReport, calibrate
+from openwork.quant.calibration import CalibrationReport, calibrate, check_dense
 
 if TYPE_CHECKING:
     from openwork.models import Llama
@@ -104,6 +104,7 @@ def flap(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"flap: sparsity must be at least 0 and below 1, got {sparsity}")
+    check_dense("flap", model)
     collected = _Collect()
     report = calibrate(model, calibration, collected, progress=progress, resume_dir=resume_dir)
     scores = [

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from openwork.prune.structure import Kept, remove_units, unit_parameters
+from openwork.quant.calibration import check_dense
 
 if TYPE_CHECKING:
     from openwork.models import Llama
@@ -93,10 +94,8 @@ def first_order_scores(
         raise ValueError(
             f"llm_pruner: calibration must be [samples, length >= 2], got {list(calibration.shape)}"
         )
-    linears = [model.get_submodule(name) for name, _, _ in model.linears()]
-    if not all(isinstance(linear, nn.Linear) for linear in linears):
-        raise ValueError("llm_pruner: model must be dense")
-    weights = [linear.get_parameter("weight") for linear in linears]
+    check_dense("llm_pruner", model)
+    weights = [model.get_submodule(name).get_parameter("weight") for name, _, _ in model.linears()]
     gradients = [torch.zeros_like(weight) for weight in weights]
     before = [weight.requires_grad for weight in weights]
     try:

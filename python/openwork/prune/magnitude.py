@@ -18,7 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from openwork.prune.masks import NM, Pattern, keep_layer, keep_nm
+from openwork.ops.nm_mask import nm_mask
+from openwork.prune.masks import NM, Pattern, keep_layer
 from openwork.prune.pruned import PrunedTensor
 from openwork.quant.grid import check_weight
 
@@ -50,10 +51,9 @@ def magnitude(weight: Tensor, pattern: Pattern) -> PrunedTensor:
 
 def keep_largest(weight: Tensor, pattern: Pattern) -> Tensor:
     """The mask of :func:`magnitude`, ``[n, k]`` bool."""
-    size = weight.float().abs()
     if isinstance(pattern, NM):
-        return keep_nm(size if pattern.vector == 1 else size.square(), pattern)
-    return keep_layer(size, pattern.sparsity)
+        return nm_mask(weight, (pattern.n, pattern.m), vector=pattern.vector)
+    return keep_layer(weight.float().abs(), pattern.sparsity)
 
 
 @torch.no_grad()

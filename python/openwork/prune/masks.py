@@ -28,6 +28,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from openwork.ops.nm_mask import largest_of_blocks
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -160,21 +162,7 @@ def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
         >>> keep_nm(torch.tensor([[1.0, 4.0, 2.0, 3.0, 7.0]]), NM(2, 4))
         tensor([[False,  True, False,  True,  True]])
     """
-    rows, k = scores.shape
-    sets, blocks = -(-rows // pattern.vector), -(-k // pattern.m)
-    padded = torch.nn.functional.pad(scores, (0, 0, 0, sets * pattern.vector - rows))
-    shared = padded.view(sets, pattern.vector, k).sum(1)
-    # The filler of a short block loses against every score.
-    shared = torch.nn.functional.pad(shared, (0, blocks * pattern.m - k), value=-torch.inf)
-    # How many of its block are ahead of each column, counted a column at a time over all blocks:
-    # for blocks of 4 a quarter of the time of a sort, for 32 half as much again.
-    columns = shared.view(sets, blocks, pattern.m).movedim(2, 0).contiguous()
-    ahead = torch.zeros(columns.shape, dtype=torch.uint8)
-    for i, column in enumerate(columns):
-        ahead[:i] += column > columns[:i]
-        ahead[i + 1 :] += column >= columns[i + 1 :]
-    keep = (ahead < pattern.n).movedim(0, 2).reshape(sets, -1)
-    return keep[:, :k].repeat_interleave(pattern.vector, dim=0)[:rows]
+    return largest_of_blocks(scores, pattern.n, pattern.m, pattern.vector)
 
 
 def follows(keep: Tensor, pattern: NM) -> bool:

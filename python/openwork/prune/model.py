@@ -22,7 +22,7 @@ from openwork.prune.pruned import PrunedTensor
 from openwork.prune.report import LinearReport, PruningReport, describe, describe_removed
 from openwork.prune.sparsegpt import sparsegpt
 from openwork.prune.storage import install
-from openwork.quant.calibration import InputSecondMoment, calibrate
+from openwork.quant.calibration import InputSecondMoment, calibrate, check_dense
 from openwork.quant.grid import Grid, QuantizedTensor, resolve_group_size
 from openwork.quant.hessian import output_error
 from openwork.quant.model import model_bytes
@@ -65,7 +65,8 @@ def prune_model(
             :class:`~openwork.nn.LowbitLinear`.
         compute: how those multiply, also while calibrating; see :func:`openwork.lowbit_linear`.
         progress: show a progress bar.
-        resume_dir: see :func:`~openwork.quant.calibration.calibrate`.
+        resume_dir: see :func:`~openwork.quant.calibration.calibrate`; ``"llm_pruner"`` has nothing
+            to resume.
 
     Returns:
         Errors, sizes and memory. If an error is raised, the layers done so far stay pruned.
@@ -279,9 +280,8 @@ def _check(
         raise ValueError(f"prune_model: calibration must be token ids for {method!r}, got None")
     if grid is not None and method != "sparsegpt":
         raise ValueError(f"prune_model: grid must be None for {method!r}; 'sparsegpt' takes one")
-    for name, _, _ in model.linears():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"prune_model: {name} must be dense, got {type(linear).__name__}")
-        if grid is not None:
-            resolve_group_size("prune_model", grid.bits, grid.group_size, linear.in_features)
+    check_dense("prune_model", model)
+    if grid is not None:
+        for _, parent, attribute in model.linears():
+            k = getattr(parent, attribute).in_features
+            resolve_group_size("prune_model", grid.bits, grid.group_size, k)

@@ -29,46 +29,15 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from openwork.ops import straight_through
 from openwork.prune.magnitude import keep_largest, magnitude
 from openwork.prune.masks import NM
 from openwork.prune.report import LinearReport, describe
 from openwork.prune.storage import install
+from openwork.quant.calibration import check_dense
 
 if TYPE_CHECKING:
     from openwork.models import Llama
-
-
-class _StraightThrough(torch.autograd.Function):
-    """``W * m``, whose gradient is ``g + decay (1 - m) * W``."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, keep: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, keep)
-        ctx.decay = decay
-        return weight.masked_fill(~keep, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        weight, keep = ctx.saved_tensors
-        return gradients[0] + ctx.decay * weight.masked_fill(keep, 0), None, None
-
-
-def straight_through(weight: Tensor, keep: Tensor, decay: float) -> Tensor:
-    """``weight * keep`` with the gradient of SR-STE.
-
-    Args:
-        weight: ``[n, k]`` floating point.
-        keep: ``[n, k]`` bool.
-        decay: what pulls removed weights towards 0; 0 is the plain straight-through estimator.
-
-    Example:
-        >>> w = torch.tensor([[3.0, 1.0]], requires_grad=True)
-        >>> straight_through(w, torch.tensor([[True, False]]), 0.5).sum().backward()
-        >>> w.grad
-        tensor([[1.0000, 1.5000]])
-    """
-    masked: Tensor = _StraightThrough.apply(weight, keep, decay)
-    return masked
 
 
 class SrSteLinear(nn.Module):
@@ -77,7 +46,7 @@ class SrSteLinear(nn.Module):
     Args:
         linear: gives weight and bias; they are shared with it.
         pattern: of the mask.
-        decay: see :func:`straight_through`.
+        decay: see :func:`~openwork.ops.straight_through`.
     """
 
     def __init__(self, linear: nn.Linear, pattern: NM, decay: float) -> None:
@@ -108,7 +77,7 @@ class FineTuneReport:
 def sr_ste(
     model: Llama,
     samples: Tensor,
-    pattern: NM,
+    pattern: str | NM,
     *,
     steps: int,
     teacher: Llama | None = None,
@@ -127,7 +96,7 @@ def sr_ste(
         model: dense; its embedding, norms and head do not change.
         samples: ``[samples, length]`` int64 token ids of text to train on, taken in order and again
             from the start.
-        pattern: of the final weights.
+        pattern: of the final weights, ``"N:M"`` or ``"V:N:M"``.
         steps: updates, 1 or more.
         teacher: the dense model, if ``model`` was pruned already (to its largest weights, which the
             first mask then keeps). None: ``model`` as it is.
@@ -146,6 +115,7 @@ def sr_ste(
             dense.
     """
     _check(model, samples, steps, batch, warm_up)
+    pattern = NM.parse(pattern) if isinstance(pattern, str) else pattern
     if teacher is None:
         # A model of its own, on the same tensors.
         teacher = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -238,7 +208,4 @@ def _check(model: Llama, samples: Tensor, steps: int, batch: int, warm_up: float
         )
     if len(samples) == 0:
         raise ValueError("sr_ste: samples must be at least one, got none")
-    for name, _, _ in model.linears():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"sr_ste: {name} must be dense, got {type(linear).__name__}")
+    check_dense("sr_ste", model)

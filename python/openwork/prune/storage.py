@@ -68,7 +68,7 @@ def sparse_bytes(pruned: PrunedTensor, pattern: Pattern, itemsize: int) -> int:
     return index + -(-kept * q.bits // 8) + q.scales.nbytes + zeros
 
 
-def sparse_linear(
+def sparse_module(
     weight: Tensor, bias: Tensor | None, pattern: NM | None
 ) -> NmLinear | SparseLinear:
     """A linear that neither stores nor multiplies by the zeros of ``weight``.
@@ -85,7 +85,7 @@ def sparse_linear(
 
     Example:
         >>> import torch
-        >>> sparse_linear(torch.eye(16), None, NM(2, 4))
+        >>> sparse_module(torch.eye(16), None, NM(2, 4))
         NmLinear(in_features=16, out_features=16, pattern=2:4, vector=1, bits=32, compute='float')
     """
     if pattern is None or not _has_kernel(pattern):
@@ -99,20 +99,17 @@ def without_zeros(
 ) -> NmLinear | SparseLinear | None:
     """A pruned linear in the form that does not store its zeros, or None where there is none.
 
-    A dense one becomes what :func:`sparse_linear` makes of it. A low-bit one becomes an
-    :class:`~openwork.nn.NmLinear` with the same codes, if they are symmetric of 4 or 8 bits in
-    groups of 32 or more, and the pattern is one of :func:`openwork.compress_nm`.
+    A dense one becomes what :func:`sparse_module` makes of it. A low-bit one becomes an
+    :class:`~openwork.nn.NmLinear` with the same codes, where :func:`codes_without_zeros`.
 
     Raises:
         ValueError: the weight does not have the pattern.
     """
     bias = None if linear.bias is None else linear.bias.detach()
     if isinstance(linear, nn.Linear):
-        return sparse_linear(linear.weight.detach(), bias, pattern)
+        return sparse_module(linear.weight.detach(), bias, pattern)
     w = linear.weight
-    if pattern is None or not _has_kernel(pattern):
-        return None
-    if w.zeros is not None or w.bits not in (4, 8) or w.group_size < 32:
+    if pattern is None or not codes_without_zeros(pattern, w.bits, w.group_size, w.zeros is None):
         return None
     codes, scales, _ = unpack_lowbit(w)
     packed = compress_nm(
@@ -124,6 +121,23 @@ def without_zeros(
         group_size=w.group_size,
     )
     return NmLinear(packed, bias, linear.compute)
+
+
+def codes_without_zeros(
+    pattern: Pattern, bits: int, group_size: int | None, symmetric: bool
+) -> bool:
+    """Whether pruned codes have a form that does not store their zeros.
+
+    Args:
+        pattern: of the zeros.
+        bits, group_size, symmetric: of the grid; ``group_size`` None is one group a row.
+
+    Example:
+        >>> codes_without_zeros(NM(2, 4), bits=4, group_size=128, symmetric=True)
+        True
+    """
+    grid = symmetric and bits in (4, 8) and (group_size is None or group_size >= 32)
+    return grid and isinstance(pattern, NM) and _has_kernel(pattern)
 
 
 def _has_kernel(pattern: NM) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.models.config import LayerShape, LlamaConfig
+from openwork.quant.calibration import check_dense
 
 if TYPE_CHECKING:
     from openwork.models import Llama
@@ -131,7 +132,4 @@ def _check(model: Llama, kept: Sequence[Kept]) -> None:
                     f"remove_units: {name} of layer {index} must be [{size}] bool and keep one at "
                     f"least, got {list(mask.shape)} {mask.dtype} that keeps {int(mask.sum())}"
                 )
-    for name, _, _ in model.linears():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"remove_units: {name} must be dense, got {type(linear).__name__}")
+    check_dense("remove_units", model)

@@ -47,6 +47,18 @@ _COLUMNS = (
 )
 
 
+def check_dense(op: str, model: Llama) -> None:
+    """Refuse a model with linears of the layers that are not dense.
+
+    Raises:
+        ValueError: names ``op``, the linear, and what it is.
+    """
+    for name, parent, attribute in model.linears():
+        linear = getattr(parent, attribute)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{op}: {name} must be dense, got {type(linear).__name__}")
+
+
 class Statistic(Protocol):
     """What one algorithm accumulates about one linear while samples pass."""
 

@@ -12,7 +12,8 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from openwork.nn import LowbitEmbedding, LowbitLinear, NmLinear, SparseLinear
+from openwork.nn import LowbitEmbedding, LowbitLinear
+from openwork.nn.packed_linear import PackedLinear
 from openwork.ops import pack_lowbit
 from openwork.ops.compute import Compute
 from openwork.quant.calibration import InputSecondMoment, calibrate
@@ -163,11 +164,7 @@ def quantize_model(
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, buffers and packed weights of a model; shared ones count once."""
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-    owners = (
-        m
-        for m in model.modules()
-        if isinstance(m, (LowbitEmbedding, LowbitLinear, NmLinear, SparseLinear))
-    )
+    owners = (m for m in model.modules() if isinstance(m, (LowbitEmbedding, PackedLinear)))
     packed = {id(m.weight): m.weight.nbytes for m in owners}
     return sum(tensors.values()) + sum(packed.values())
 

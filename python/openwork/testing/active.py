@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.active import active_linear, pack_columns, pack_lowbit_columns, unpack_columns
-from ..packing import ColumnWeight
+from ..packing import ColumnWeight, strip_outputs
 from .case import EPS, Cost, OpCase, Reject, Sample, Workload
 from .sparse import product_tolerance
 
@@ -57,7 +57,8 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor]:
 def make_column_weight(
     n: int, k: int, kind: str, group_size: int = 0, symmetric: bool = True, seed: int = 0
 ) -> ColumnWeight:
-    """A random weight of float32, bfloat16, or of codes: ``kind`` is "w2", "w4" or "w8"."""
+    """A random weight of float32, bfloat16, or of codes: ``kind`` is "w2", "w3", "w4" or
+    "w8"."""
     generator = torch.Generator().manual_seed(seed)
     if not kind.startswith("w"):
         weight = torch.randn(n, k, generator=generator)
@@ -72,16 +73,17 @@ def make_column_weight(
     return pack_lowbit_columns(codes, scales, zeros, bits=bits, group_size=group_size)
 
 
-# (n, k, group_size): 1s, primes, around strips of 16, 64, 128, 256, more than a chunk of 2048.
+# (n, k, group_size): 1s, primes, around strips of 16, 64, 128, 160, 256, more than a chunk of 2048.
 _SHAPES = (
     (1, 1, 1),
     (15, 37, 16),
     (64, 64, 32),
     (129, 100, 64),
+    (161, 40, 32),
     (257, 130, 130),
     (2100, 65, 16),
 )
-_KINDS = ("float32", "bfloat16", "w2", "w4", "w8")
+_KINDS = ("float32", "bfloat16", "w2", "w3", "w4", "w8")
 
 
 def _samples() -> Iterator[Sample]:
@@ -158,8 +160,8 @@ def round_trip(codes: Tensor, bits: int) -> Tensor:
 
 def _round_trip_samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(2)
-    for bits in (2, 4, 8):
-        for n, k in ((1, 1), (64, 3), (129, 20), (300, 7)):
+    for bits in (2, 3, 4, 8):
+        for n, k in ((1, 1), (64, 3), (129, 20), (161, 5), (300, 7)):
             codes = torch.randint(2**bits, (n, k), dtype=torch.uint8, generator=generator)
             yield Sample(f"w{bits}-{n}x{k}", (codes, bits))
     yield Sample("strided", (codes.T, bits))
@@ -167,7 +169,7 @@ def _round_trip_samples() -> Iterator[Sample]:
 
 def _round_trip_rejects() -> Iterator[Reject]:
     codes = torch.full((4, 32), 15, dtype=torch.uint8)
-    yield Reject("bits", (codes, 3), {}, "bits must be 2, 4 or 8, got 3")
+    yield Reject("bits", (codes, 5), {}, "bits must be 2, 3, 4 or 8, got 5")
     yield Reject("dtype", (codes.int(), 4), {}, "codes must be uint8, got int32")
     yield Reject("rank", (codes[0], 4), {}, "codes must be [n, k], got [32]")
     yield Reject("empty", (codes[:0], 4), {}, "at least one row and one column")
@@ -193,7 +195,7 @@ def _workload(params: Mapping[str, Any]) -> Workload:
 
 
 def _workloads() -> Iterator[Workload]:
-    for kind in ("float32", "bfloat16", "w8", "w4"):
+    for kind in ("float32", "bfloat16", "w8", "w4", "w3"):
         for density in (0.5, 0.25):
             shape = {"m": 1, "n": 4096, "k": 4096, "density": density, "format": kind}
             yield _workload({**shape, "group_size": 128, "dtype": "float32"})
@@ -203,10 +205,13 @@ def _cost(params: Mapping[str, Any]) -> Cost:
     m, n, k = params["m"], params["n"], params["k"]
     active = round(k * params["density"])
     kind = params["format"]
-    bits = int(kind[1:]) if kind.startswith("w") else 8 * getattr(torch, kind).itemsize
-    scales = n * -(-k // params["group_size"]) * 4 if kind.startswith("w") else 0
+    if kind.startswith("w"):
+        column = -(-n // strip_outputs(int(kind[1:]))) * 64
+        scales = n * -(-k // params["group_size"]) * 4
+    else:
+        column, scales = n * getattr(torch, kind).itemsize, 0
     size = getattr(torch, params["dtype"]).itemsize
-    moved = m * (active * n * bits // 8 + scales + (n + k) * size)
+    moved = m * (active * column + scales + (n + k) * size)
     return Cost(moved, 2 * m * n * active, "fp32")
 
 

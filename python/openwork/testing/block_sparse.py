@@ -17,11 +17,17 @@ from .case import EPS, Cost, OpCase, Reject, Sample, Workload
 from .sparse import product_tolerance
 
 
+def _weight(weight: BlockSparseWeight) -> Tensor:
+    """``[n, k]`` float64, with its scales."""
+    w = expand_block_sparse(weight).double()
+    return w if weight.scales is None else w * weight.scales.double()[:, None]
+
+
 def block_sparse_linear_reference(
     x: Tensor, weight: BlockSparseWeight, bias: Tensor | None = None, add: Tensor | None = None
 ) -> Tensor:
-    """``x @ w.T + bias + add`` in float64."""
-    y = x.double() @ expand_block_sparse(weight).double().T
+    """``x @ (scales * w).T + bias + add`` in float64."""
+    y = x.double() @ _weight(weight).T
     if bias is not None:
         y = y + bias.double()
     if add is not None:
@@ -32,18 +38,23 @@ def block_sparse_linear_reference(
 def _linear_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor]:
     x, weight = sample.args[:2]
     operands = (sample.kwargs.get("bias"), sample.kwargs.get("add"))
-    w = expand_block_sparse(weight).double()
+    w = _weight(weight)
     return (product_tolerance(x, w, expected[0], operands, weight.k),)
 
 
 def make_block_sparse_weight(
     n: int, k: int, block: int, density: float, dtype: torch.dtype, seed: int = 0
 ) -> BlockSparseWeight:
-    """Random blocks of a normal matrix."""
+    """Random blocks of a normal matrix, or of int8 codes with scales."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=generator).to(dtype)
+    scales = None
+    if dtype == torch.int8:
+        weight = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = torch.rand(n, generator=generator) + 0.5
+    else:
+        weight = torch.randn(n, k, generator=generator).to(dtype)
     mask = torch.rand(-(-n // block), -(-k // block), generator=generator) < density
-    return compress_block_sparse(weight, block, mask)
+    return compress_block_sparse(weight, block, mask, scales)
 
 
 # (m, n, k, density): 1s, primes, around the tiles of 6 and 14 rows, empty and full.
@@ -60,11 +71,14 @@ _SHAPES = (
 )
 
 
+_VALUES = (torch.float32, torch.bfloat16, torch.int8)
+
+
 def _linear_samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(1)
     for i, (m, n, k, density) in enumerate(_SHAPES):
         for j, block in enumerate((16, 32, 64)):
-            values = (torch.float32, torch.bfloat16)[(i + j) % 2]
+            values = _VALUES[(i + i // 3 + j) % 3]
             dtype = list(EPS)[(i + j) % 3]
             weight = make_block_sparse_weight(n, k, block, density, values)
             x = torch.randn(m, k, generator=generator).to(dtype)
@@ -74,7 +88,10 @@ def _linear_samples() -> Iterator[Sample]:
     x = torch.randn(2, 3, 100, generator=generator)
     bias = torch.randn(48, generator=generator)
     add = torch.randn(2, 3, 48, generator=generator)
-    yield Sample("bias-add", (x, weight), {"bias": bias, "add": add})
+    for values in _VALUES:
+        typed = make_block_sparse_weight(48, 100, 32, 0.5, values)
+        terms = {"bias": bias, "add": add}
+        yield Sample(f"bias-add-{str(values)[6:]}", (x, typed), terms)
     yield Sample("no-rows", (x[:0], weight))
     yield Sample("vector", (x[0, 0], weight))
     yield Sample("strided", (torch.randn(100, 5, generator=generator).T, weight))
@@ -103,7 +120,11 @@ def _linear_rejects() -> Iterator[Reject]:
     few = broken(indices=weight.indices[:-1])
     yield Reject("indices", (x, few), {}, f"values must have shape [{blocks - 1}, 32, 32]")
     half = broken(values=weight.values.half())
-    yield Reject("values", (x, half), {}, "values must be float32 or bfloat16, got float16")
+    yield Reject("values", (x, half), {}, "values must be float32, bfloat16 or int8, got float16")
+    few = broken(scales=torch.ones(47))
+    yield Reject("scales", (x, few), {}, "scales must have shape [48], got [47]")
+    half = broken(scales=torch.ones(48).half())
+    yield Reject("scales dtype", (x, half), {}, "scales must be float32, got float16")
     yield Reject("dtype", (x.double(), weight), {}, "x must be float32, bfloat16 or float16")
     yield Reject("k", (x[:, :99], weight), {}, "last dimension k = 100 (from weight), got [2, 99]")
     yield Reject("bias", (x, weight), {"bias": torch.ones(47)}, "bias must have shape [48]")
@@ -113,7 +134,7 @@ def _linear_rejects() -> Iterator[Reject]:
 def _raw_linear(sample: Sample) -> tuple[Any, ...]:
     x, w = sample.args[:2]
     terms = (sample.kwargs.get("bias"), sample.kwargs.get("add"))
-    return (x, w.indptr, w.indices, w.values, *terms, w.layout_id, w.n, w.k)
+    return (x, w.indptr, w.indices, w.values, w.scales, *terms, w.layout_id, w.n, w.k)
 
 
 def round_trip(weight: Tensor, block: int, mask: Tensor | None = None) -> Tensor:
@@ -133,8 +154,7 @@ def _round_trip_samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(2)
     for n, k in ((1, 1), (64, 64), (17, 65), (70, 200)):
         for i, block in enumerate((16, 32, 64)):
-            dtype = (torch.float32, torch.bfloat16)[i % 2]
-            weight = torch.randn(n, k, generator=generator).to(dtype)
+            weight = (8 * torch.randn(n, k, generator=generator)).to(_VALUES[i])
             mask = torch.rand(-(-n // block), -(-k // block), generator=generator) < 0.5
             yield Sample(f"{n}x{k}-b{block}-mask", (weight, block, mask))
             kept = _round_trip_reference(weight, block, mask)
@@ -144,7 +164,8 @@ def _round_trip_samples() -> Iterator[Sample]:
 
 def _round_trip_rejects() -> Iterator[Reject]:
     weight, mask = torch.ones(40, 32), torch.ones(2, 1, dtype=torch.bool)
-    yield Reject("dtype", (weight.half(), 32, mask), {}, "weight must be float32 or bfloat16")
+    text = "weight must be float32, bfloat16 or int8, got float16"
+    yield Reject("dtype", (weight.half(), 32, mask), {}, text)
     yield Reject("rank", (weight[0], 32, mask), {}, "weight must be [n, k], got [32]")
     yield Reject("block", (weight, 24, mask), {}, "block must be 16, 32 or 64, got 24")
     yield Reject("mask", (weight, 32, mask.int()), {}, "mask must be bool, got int32")
@@ -177,7 +198,7 @@ def _workload(params: Mapping[str, Any]) -> Workload:
 
 
 def _linear_workloads() -> Iterator[Workload]:
-    for values in ("float32", "bfloat16"):
+    for values in ("float32", "bfloat16", "int8"):
         for m in (1, 16, 128, 512):
             shape = {"m": m, "n": 4096, "k": 4096, "block": 32, "density": 0.25}
             yield _workload({**shape, "format": values, "dtype": "float32"})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.nm import compress_nm, expand_nm, nm_linear
-from ..ops.nm_training import nm_mask
+from ..ops.nm_mask import nm_mask
 from ..packing import NmWeight
 from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Unit, Workload
 from .lowbit import dequantize, quantize_rows_reference
