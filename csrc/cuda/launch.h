@@ -24,6 +24,8 @@ LaunchStatus launch(const char* name, void (*kernel)(Params...), dim3 grid, int 
   return {name, int(cudaGetLastError())};
 #else
   (void)stream;
+  const int error = emulation::launch_error(grid, threads, shared_bytes);
+  if (error != 0) return {name, error};
   emulation::launch(grid, dim3(unsigned(threads)), size_t(shared_bytes),
                     [&] { kernel(Params(args)...); });
   return {name, 0};

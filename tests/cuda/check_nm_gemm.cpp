@@ -147,12 +147,14 @@ struct Problem {
   }
 };
 
-// More tiles than warps and stages, ragged ends, x as it is (k % 8 = 0) and laid out.
+// More tiles than warps and stages, of the result more than a group of 16, ragged ends, x as it is
+// (k % 8 = 0) and laid out.
 void check_nm_gemm() {
-  Problem{FloatType::f16, 9, 20, 584, 2, 4, 1, 4, 128}.check();
+  Problem{FloatType::f16, 9, 20, 3624, 2, 4, 1, 4, 128}.check();
   Problem{FloatType::bf16, 3, 20, 583, 5, 8, 8, 16, 583}.check();
   Problem{FloatType::bf16, 70, 136, 264, 2, 4, 1, 16, 264}.check();
   Problem{FloatType::bf16, 20, 33, 261, 2, 4, 16, 8, 32}.check();
+  Problem{FloatType::bf16, 70, 2100, 32, 2, 4, 1, 8, 32}.check();
   Problem{FloatType::f32, 20, 33, 264, 3, 16, 1, 4, 64}.check();
 }
 

@@ -6,6 +6,7 @@ The emulated library is the operators' host code and kernels compiled for the CP
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,20 @@ from torch.utils._pytree import tree_map_only
 import openwork
 
 EMULATED = Path(openwork.__file__).with_name("openwork_emulated.so")
+
+
+def built(name: str) -> Path:
+    """The library of the package, or the program of the build, of this name; skips without it."""
+    if name.endswith(".so"):
+        path = Path(openwork.__file__).with_name(name)
+    else:
+        folder = os.environ.get("OPENWORK_BUILD_DIR")
+        if not folder:
+            pytest.skip("set OPENWORK_BUILD_DIR to the folder the library was built in")
+        path = Path(folder) / name
+    if not path.is_file():
+        pytest.skip(f"built without {name}")
+    return path
 
 
 @cache

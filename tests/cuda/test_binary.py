@@ -18,8 +18,6 @@ from pathlib import Path
 
 import pytest
 
-import openwork
-
 from .device_kernels import (
     KERNELS,
     PACKING_KERNELS,
@@ -29,6 +27,7 @@ from .device_kernels import (
     row_of,
     tables,
 )
+from .devices import built
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two will do: the text of each has 30 MB. Stack and local memory are those of all.
@@ -74,19 +73,6 @@ def _dump(binary: Path, *options: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def _binary(name: str) -> Path:
-    if name == "openwork_cuda.so":
-        path = Path(openwork.__file__).with_name(name)
-    else:
-        folder = os.environ.get("OPENWORK_BUILD_DIR")
-        if not folder:
-            pytest.skip("set OPENWORK_BUILD_DIR to the folder the library was built in")
-        path = Path(folder) / name
-    if not path.is_file():
-        pytest.skip(f"built without {name}")
-    return path
 
 
 @cache
@@ -140,7 +126,7 @@ def _row(kernel: str) -> DeviceKernel:
 
 @pytest.fixture(params=("openwork_cuda.so", "cuda_check_gpu"))
 def binary(request: pytest.FixtureRequest) -> Path:
-    return _binary(request.param)
+    return built(request.param)
 
 
 def test_kernels_keep_to_their_limits(binary: Path) -> None:
@@ -175,12 +161,12 @@ def test_tensor_cores_are_used_where_they_should_be(binary: Path) -> None:
 
 
 def test_every_row_has_a_kernel() -> None:
-    names = {code.kernel for code in _codes(_binary("openwork_cuda.so"))}
+    names = {code.kernel for code in _codes(built("openwork_cuda.so"))}
     assert {row_of(name) for name in names} == {*KERNELS, *PACKING_KERNELS}
 
 
 def test_blocks_have_the_threads_that_kernels_are_compiled_for() -> None:
-    ptx = _dump(_binary("openwork_cuda.so"), "-ptx")
+    ptx = _dump(built("openwork_cuda.so"), "-ptx")
     bounds = re.findall(r"\.entry (\w+)\(.*?\)\s*\.maxntid (\d+)", ptx, re.DOTALL)
     assert len(bounds) == ptx.count(".entry "), "a kernel has no __launch_bounds__"
     for symbol, threads in bounds:

@@ -45,6 +45,11 @@ DEFECTS = (
     Defect("quantize", "no barrier", "quantize.cu", "  __syncthreads();\n", "", race=True),
     Defect("quantize", "half the lanes", "quantize.cu", "lanes = kWarp / 2;", "lanes = kWarp / 4;"),
     Defect(
+        "quantize", "one pass of a row", "quantize.cu",
+        "k += threads * kEight", "k += count",
+    ),
+    Defect("quantize", "a wrong byte", "quantize.cu", "codes[1] & 255", "codes[2] & 255"),
+    Defect(
         "hadamard", "no barrier before the turn is read", "hadamard.cu",
         "    __syncthreads();\n    OW_UNROLL", "    OW_UNROLL", race=True,
     ),
@@ -114,7 +119,7 @@ DEFECTS = (
     ),
     Defect(
         "nm_gemm", "halves swapped on one side only", "nm_gemm_many_cuda.h",
-        "at ^ at / 128 % 2 * 32;", "at;",
+        "nm_swizzled(at)", "at",
     ),
     Defect(
         "nm_gemm", "metadata for the other columns", "nm_gemm_weights_cuda.h",
@@ -127,6 +132,22 @@ DEFECTS = (
     Defect(
         "nm_gemm", "scales of the wrong outputs", "nm_gemm_weights_cuda.h",
         "scales[i / 2]", "scales[i % 2]",
+    ),
+    Defect(
+        "nm_gemm", "tokens of the last tiles of outputs left out", "nm_gemm_many_cuda.h",
+        "within / width, first + within % width", "within / kWidth, first + within % width",
+    ),
+    Defect(
+        "nm_gemm", "a warp's wait too short by one group", "nm_gemm_few_cuda.h",
+        "wait_group<kStages - 2>", "wait_group<kStages - 1>", race=True,
+    ),
+    Defect(
+        "nm_gemm", "a warp's stage overwritten while it is read", "nm_gemm_few_cuda.h",
+        "request(stage_ == 0 ? kStages - 1 : stage_ - 1,", "request(stage_,", race=True,
+    ),
+    Defect(
+        "nm_gemm", "a lane overtakes the others", "nm_gemm_few_cuda.h",
+        "__syncwarp();  // the tile is there, and the one before is read", "", race=True,
     ),
     Defect(
         "nm_gemm", "no barrier before the sum", "nm_gemm_few_cuda.h",

@@ -1,6 +1,8 @@
-"""The fragment tables against a second source: the headers in the wheel ``nvidia-cutlass``.
+"""The fragment tables against a second source.
 
-Its dependencies are not needed: ``pip install --no-deps nvidia-cutlass==4.2.0.0``.
+That is the headers in the wheel ``nvidia-cutlass``, whose dependencies are not needed:
+``pip install --no-deps nvidia-cutlass==4.2.0.0``; and for metadata, which they have no table of,
+the order in which torch gives it to CUTLASS.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,3 +38,27 @@ def test_tables_are_those_of_cute(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_metadata_is_that_of_torch_for_cutlass(tmp_path: Path) -> None:
+    """Where torch puts the metadata of 32 x 32 weights: a word of 32 bits for each lane.
+
+    Two products of 16 rows share the words: the first has selector 0, the second 1.
+    """
+    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "sparse_fragments"
+    source = Path(__file__).with_name("sparse_fragments.cpp")
+    subprocess.run(
+        [compiler, "-std=c++20", "-I", str(ROOT / "csrc"), source, "-o", program], check=True
+    )
+    table = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    # Half by half of the lanes' words, which row and which 16 columns.
+    places = conversions._calculate_meta_reordering_scatter_offsets(32, 2, torch.int16, "cpu")
+    holds = {int(place): divmod(i, 2) for i, place in enumerate(places)}
+    for half, line in enumerate(table.splitlines()):
+        row, column, selector = map(int, line.split())
+        assert holds[half] == (row + 16 * selector, column // 16), f"lane {half // 2}"
+    assert len(holds) == len(table.splitlines()) == 64

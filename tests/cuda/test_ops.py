@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 import openwork
+from bench.gpu import Gpu, missing
 from openwork.testing import CASES, OpCase, Reject
 from openwork.testing.case import EPS, Sample, as_tuple
 
-from .devices import emulated_operator, overload
+from .devices import built, emulated_operator, overload
 
 # Operators with a CUDA implementation, and those whose case is a way there and back, which tests
 # of their own go.
@@ -22,6 +24,7 @@ COVERED = [case for case in CASES if case.name in NAMES]
 REFUSING = [case for case in CASES if case.name in (*NAMES, *ROUND_TRIPS)]
 # To see these values the host would have to wait for the device.
 UNSEEN = ("lowbit_embedding",)
+on_gpu = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.mark.parametrize("case", COVERED, ids=lambda c: c.name)
@@ -57,6 +60,36 @@ def test_compiles_without_graph_breaks(case: OpCase) -> None:
     compiled = torch.compile(lambda *args: emulated(*args), fullgraph=True, backend="aot_eager")
     for got, want in zip(as_tuple(compiled(*raw)), as_tuple(emulated(*raw)), strict=True):
         assert torch.equal(got, want)
+
+
+@on_gpu
+def test_instructions_are_what_the_emulation_takes_them_for() -> None:
+    done = subprocess.run([built("cuda_check_gpu")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "FAIL" not in done.stdout
+
+
+@on_gpu
+@pytest.mark.parametrize("case", COVERED, ids=lambda c: c.name)
+def test_runs_in_a_graph(case: OpCase) -> None:
+    gpu, results = Gpu(), list[Any]()
+    call = gpu.bound(case, case.samples()[-1])
+    replay = gpu.captured(lambda: results.append(call()))
+    replay()
+    for got, want in zip(as_tuple(results[-1]), as_tuple(call()), strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("case", COVERED, ids=lambda c: c.name)
+def test_runs_where_its_operands_are(case: OpCase) -> None:
+    """On another GPU than the current one, of torch and of the CUDA runtime."""
+    sample = case.samples()[-1]
+    got = Gpu("cuda:1").bound(case, sample)()
+    want = Gpu("cuda:0").bound(case, sample)()
+    for one, other in zip(as_tuple(got), as_tuple(want), strict=True):
+        assert one.device == torch.device("cuda:1")
+        assert torch.equal(one.cpu().nan_to_num(), other.cpu().nan_to_num())
 
 
 @pytest.mark.parametrize(

@@ -14,60 +14,15 @@
 // elements and the conversions keep its adders, and the shuffles its shared memory, busy for 0.25.
 #include "cuda/device.h"
 
+#include "cuda/eight.h"
 #include "cuda/launch.h"
-#include "cuda/ptx.h"
 #include "kernels/hadamard/hadamard_cuda.h"
 
 namespace ow {
 namespace {
 
-constexpr int kEight = 8;
 constexpr int kPart = kWarp * kEight;
 constexpr int kThreads = 256;  // of hadamard_in_warps
-constexpr int kAlignment = 16;
-
-// Two neighbours of a 16-bit type, the first in the low half.
-OW_DEVICE void unpack(uint32_t pair, const bf16*, float* v) {
-  v[0] = bits_to_float(pair << 16);
-  v[1] = bits_to_float(pair & 0xffff0000u);
-}
-OW_DEVICE void unpack(uint32_t pair, const f16*, float* v) {
-  v[0] = ptx::cvt_f32_f16(uint16_t(pair));
-  v[1] = ptx::cvt_f32_f16(uint16_t(pair >> 16));
-}
-OW_DEVICE uint32_t pack(float low, float high, const bf16*) {
-  return ptx::cvt_rn_bf16x2_f32(high, low);
-}
-OW_DEVICE uint32_t pack(float low, float high, const f16*) {
-  return ptx::cvt_rn_f16x2_f32(high, low);
-}
-
-OW_DEVICE void read_aligned(const float* x, float (&v)[kEight]) {
-  OW_UNROLL
-  for (int i = 0; i < kEight; i += 4) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(x + i);
-    v[i] = bits_to_float(bits.x);
-    v[i + 1] = bits_to_float(bits.y);
-    v[i + 2] = bits_to_float(bits.z);
-    v[i + 3] = bits_to_float(bits.w);
-  }
-}
-template <class T>
-OW_DEVICE void read_aligned(const T* x, float (&v)[kEight]) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(x);
-  unpack(bits.x, x, v);
-  unpack(bits.y, x, v + 2);
-  unpack(bits.z, x, v + 4);
-  unpack(bits.w, x, v + 6);
-}
-
-// Zeros past `count`.
-template <class T>
-OW_DEVICE void read_eight(const T* x, int64_t count, float (&v)[kEight]) {
-  if (uintptr_t(x) % kAlignment == 0 && count >= kEight) return read_aligned(x, v);
-  OW_UNROLL
-  for (int i = 0; i < kEight; ++i) v[i] = i < count ? to_float(x[i]) : 0.0f;
-}
 
 OW_DEVICE void write_pair(float* y, float low, float high) {
   *reinterpret_cast<uint2*>(y) = {float_to_bits(low), float_to_bits(high)};

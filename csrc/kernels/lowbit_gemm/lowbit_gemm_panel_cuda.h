@@ -210,15 +210,17 @@ class PanelSum {
     }
   }
 
-  // To totals [row][kOutputs], at the first output of the panel.
+  // To totals [row][kTotalsRow], at the first output of the panel.
   template <int kOutputs>
   OW_DEVICE void store(float* totals) const {
     OW_UNROLL
     for (int j = 0; j < kTiles / kDigits; ++j) {
       OW_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int row = j * kRowTile + lane_ % 4 * 2 + i % 2;
-        totals[row * kOutputs + lane_ / 4 * 4 + i / 2] = total_[j][i / 4][i % 4];
+      for (int i = 0; i < 2; ++i) {
+        const int row = j * kRowTile + lane_ % 4 * 2 + i;
+        *reinterpret_cast<uint4*>(totals + row * kTotalsRow<kOutputs> + lane_ / 4 * 4) = {
+            float_to_bits(total_[j][0][i]), float_to_bits(total_[j][0][i + 2]),
+            float_to_bits(total_[j][1][i]), float_to_bits(total_[j][1][i + 2])};
       }
     }
   }

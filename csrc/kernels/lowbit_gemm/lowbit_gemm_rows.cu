@@ -32,7 +32,7 @@ template <int kDigits, int kBits>
 constexpr int kRingBytes =
     kStages<kDigits, kBits> * kStagePieces<kDigits, kBits> * kThreads * kPieceBytes;
 // The sum of a warp, which lies behind.
-constexpr int kShareSize = kRowTile * int(kPanel);
+constexpr int kShareSize = kRowTile * kTotalsRow<int(kPanel)>;
 
 template <class X, int kDigits, int kBits>
 class Ring {

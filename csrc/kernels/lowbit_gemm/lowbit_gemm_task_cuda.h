@@ -26,12 +26,18 @@ OW_DEVICE void write_output(const LowbitGemmArgs& args, int64_t i, int64_t n, fl
   write_float(args.y, args.y_type, i * args.n + n, value);
 }
 
-// Sums kShares totals [kRows][kOutputs] of a segment into y, or into a part if its tile is cut.
+// Floats of a row of totals in shared memory: lanes that write four outputs of it at once, and of
+// every second row after it, meet no bank twice.
+template <int kOutputs>
+constexpr int kTotalsRow = kOutputs + 4;
+
+// Sums kShares totals [kRows][kTotalsRow] of a segment into y, or into a part if its tile is cut.
 template <int kShares, int kRows, int kOutputs>
 OW_DEVICE void write_tile(const LowbitGemmTask& task, const Segment& segment, const float* totals) {
   const LowbitGemmArgs& args = task.args;
   const bool whole = is_whole(task.stripes, segment);
   constexpr int kSize = kRows * kOutputs;
+  constexpr int kShareSize = kRows * kTotalsRow<kOutputs>;
   float* part = task.parts + part_of(task.stripes, blockIdx.x, segment.tile) * kSize;
   const int64_t i0 = segment.tile % task.row_tiles * kRows;
   const int64_t n0 = segment.tile / task.row_tiles * kOutputs;
@@ -40,7 +46,8 @@ OW_DEVICE void write_tile(const LowbitGemmTask& task, const Segment& segment, co
     const int64_t n = n0 + at % kOutputs;
     if (i >= args.m || n >= args.n) continue;
     float value = 0.0f;
-    for (int share = 0; share < kShares; ++share) value += totals[share * kSize + at];
+    const float* total = totals + at / kOutputs * kTotalsRow<kOutputs> + at % kOutputs;
+    for (int share = 0; share < kShares; ++share) value += total[share * kShareSize];
     if (whole) {
       write_output(args, i, n, value);
     } else {

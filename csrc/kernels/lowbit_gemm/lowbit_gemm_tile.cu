@@ -99,7 +99,7 @@ class Pipeline {
   uint8_t* shared_;
 };
 
-// Sums a segment into totals [rows][kOutputs], which take the place of the stages.
+// Sums a segment into totals [rows][kTotalsRow], which take the place of the stages.
 template <class X, int kDigits, int kBits, int kTiles>
 OW_DEVICE void sum_segment(const LowbitGemmArgs& args, const Segment& segment, int64_t row0,
                            int64_t panel0, float* totals) {
@@ -148,12 +148,18 @@ constexpr LowbitGemmShape kShape = kDigits == 3                             ? kD
                                    : kTiles * kRowTile == kTileShape64.rows ? kTileShape64
                                                                             : kTileShape16;
 
+// The stages, and totals in their place.
+template <class X, int kDigits, int kBits, int kTiles>
+constexpr int shared_bytes() {
+  constexpr int kStaged = Pipeline<X, kBits, kTiles>::kBytes;
+  constexpr int kTotals = kShape<kDigits, kTiles>.rows * kTotalsRow<kOutputs> * int(sizeof(float));
+  return kStaged > kTotals ? kStaged : kTotals;
+}
+
 template <class X, int kDigits, int kBits, int kTiles>
 __global__ void __launch_bounds__(kThreads, (kShape<kDigits, kTiles>.blocks))
     lowbit_gemm_tile(const LowbitGemmTask task) {
   constexpr int kRows = kShape<kDigits, kTiles>.rows;
-  using Stages = Pipeline<X, kBits, kTiles>;
-  static_assert(kRows * kOutputs * int(sizeof(float)) <= Stages::kBytes);
   float* totals = reinterpret_cast<float*>(dynamic_shared());
   const Stripes& stripes = task.stripes;
   const int64_t end = first_unit(stripes, blockIdx.x + 1);
@@ -172,8 +178,8 @@ __global__ void __launch_bounds__(kThreads, (kShape<kDigits, kTiles>.blocks))
 template <class X, int kDigits, int kBits, int kTiles>
 LaunchStatus launch_tiles(const LowbitGemmTask& task, void* stream) {
   return launch("lowbit_gemm_tile", lowbit_gemm_tile<X, kDigits, kBits, kTiles>,
-                dim3(unsigned(task.stripes.blocks)), kThreads, Pipeline<X, kBits, kTiles>::kBytes,
-                stream, task);
+                dim3(unsigned(task.stripes.blocks)), kThreads,
+                shared_bytes<X, kDigits, kBits, kTiles>(), stream, task);
 }
 
 }  // namespace

@@ -36,13 +36,13 @@ OW_DEVICE void pieces_of(float low, float high, bf16, uint32_t (&pieces)[kPieces
   split(low, high, pieces);
 }
 
-// Two columns a thread; zero past k.
+// Two columns a thread, `row_blocks` blocks a row; zero past k.
 template <class X, class T, int kPieces>
-__global__ void __launch_bounds__(kLayThreads) lay_out_rows(NmGemmArgs a, NmRows to) {
-  const int64_t i = int64_t(blockIdx.x) * kLayThreads + threadIdx.x;
-  const int64_t row = i / (to.columns / 2);
-  const int64_t k = i % (to.columns / 2) * 2;
-  if (row >= a.m) return;
+__global__ void __launch_bounds__(kLayThreads)
+    lay_out_rows(NmGemmArgs a, NmRows to, unsigned row_blocks) {
+  const int64_t row = blockIdx.x / row_blocks;
+  const int64_t k = (int64_t(blockIdx.x % row_blocks) * kLayThreads + threadIdx.x) * 2;
+  if (k >= to.columns) return;
   const X* x = static_cast<const X*>(a.x) + row * a.k;
   const float low = k < a.k ? to_float(x[k]) : 0.0f;
   const float high = k + 1 < a.k ? to_float(x[k + 1]) : 0.0f;
@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(kLayThreads) lay_out_rows(NmGemmArgs a, NmRows
 
 template <class X, class T, int kPieces>
 LaunchStatus launch_lay_out(const NmGemmArgs& a, const NmRows& to, void* stream) {
-  const dim3 grid{unsigned(div_up(a.m * (to.columns / 2), kLayThreads))};
-  return launch("lay_out_rows", lay_out_rows<X, T, kPieces>, grid, kLayThreads, 0, stream, a, to);
+  const int64_t row_blocks = div_up(to.columns / 2, kLayThreads);
+  return launch("lay_out_rows", lay_out_rows<X, T, kPieces>, dim3(unsigned(a.m * row_blocks)),
+                kLayThreads, 0, stream, a, to, unsigned(row_blocks));
 }
 
 LaunchStatus launch_rows(const NmGemmArgs& a, const NmRows& to, void* stream) {

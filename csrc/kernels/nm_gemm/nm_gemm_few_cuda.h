@@ -1,10 +1,11 @@
-// The product for up to 16 rows of x: weights stream past once, from global memory to registers.
+// The product for up to 16 rows of x: weights stream past once.
 //
 // A block computes one panel. Its warps take tiles of columns in turns (split over k), each with
-// the words of its next tile on their way, and their sums are added in the order of the warps, so
-// that a result depends on shapes alone. Three blocks of 8 warps fit a multiprocessor, each warp
-// with a tile on its way: 27 KB of bf16, 9 KB of int4. An A100 at 2 TB/s, with a latency of 0.5 us
-// assumed, needs 10 KB.
+// the words of its next tiles on their way to shared memory that no other warp reads, and their
+// sums are added in the order of the warps, so that a result depends on shapes alone.
+//
+// 4096 outputs are two blocks for each multiprocessor of an H100, whose memory gives one 25 bytes a
+// nanosecond: with a latency of 0.7 us assumed, 18 KB must be on their way, 1.1 KB a warp.
 #pragma once
 
 #include "kernels/nm_gemm/nm_gemm_weights_cuda.h"
@@ -14,7 +15,7 @@ namespace ow {
 constexpr int kNmFewWarps = 8;
 constexpr int kNmFewThreads = kNmFewWarps * kWarp;
 
-// The tiles of a panel that a warp takes, one after another.
+// The tiles of a panel that a warp takes, one after another: every kNmFewWarps-th from its first.
 template <class T_, int kBits>
 class NmSparseStream {
  public:
@@ -23,32 +24,67 @@ class NmSparseStream {
   static constexpr int kPieces = 1;
   static constexpr bool kScaled = kBits <= 8;
   static constexpr int kBlocks = 3;  // of a multiprocessor
-  static constexpr int kSharedBytes = 0;
+  static constexpr int kValueBytes = int(kNmUnit * kNmPanel) * kBits / 8;
+  static constexpr int kIndexBytes = 128;  // where V is 1
+  static constexpr int kStageBytes = kValueBytes + kIndexBytes;
+  // One is multiplied; the others are 2.3, 1.9 and 1.9 KB on their way.
+  static constexpr int kStages = kBits == 16 ? 3 : kBits == 8 ? 4 : 6;
+  static constexpr int kSharedBytes = kNmFewWarps * kStages * kStageBytes;
   using Step = NmSparse<T>;
 
-  OW_DEVICE NmSparseStream(T*, int lane) : lane_(lane) {}
-
-  OW_DEVICE void request(const NmGemmArgs& a, int64_t panel, int tile) {
-    const uint8_t* unit = nm_unit_values(a, panel, tile);
-    OW_UNROLL
-    for (int step = 0; step < 2; ++step) next_[step].load(unit, step, lane_, false);
-    next_kept_.load(nm_unit_index(a, panel, tile), a.vector, lane_);
+  OW_DEVICE NmSparseStream(const NmGemmArgs& a, int64_t panel, int lane)
+      : lane_(lane), values_(nm_unit_values(a, panel, 0)), index_(nm_unit_index(a, panel, 0)) {
+    ring_ = dynamic_shared() + int(threadIdx.x) / kWarp * kStages * kStageBytes;
+    index_bytes_ = int(nm_unit_index_bytes(4, a.vector));
   }
-  OW_DEVICE void take(const NmGemmArgs&, int64_t, int) {
-    OW_UNROLL
-    for (int step = 0; step < 2; ++step) words_[step] = next_[step];
-    metadata_ = next_kept_.metadata(lane_);
+
+  OW_DEVICE void begin(int tile, int tiles) {
+    OW_NO_UNROLL
+    for (int s = 0; s < kStages - 1; ++s) request(s, tile + s * kNmFewWarps, tiles);
+  }
+  OW_DEVICE void take(const NmGemmArgs& a, int tile, int tiles) {
+    ptx::cp_async_wait_group<kStages - 2>();
+    __syncwarp();  // the tile is there, and the one before is read
+    request(stage_ == 0 ? kStages - 1 : stage_ - 1, tile + (kStages - 1) * kNmFewWarps, tiles);
+    staged_ = ring_ + stage_ * kStageBytes;
+    stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
+    NmKept kept;
+    kept.load(staged_ + kValueBytes, a.vector, lane_);
+    metadata_ = kept.metadata(lane_);
   }
   OW_DEVICE void load(int step, Step& to) const {
-    words_[step].decode(lane_, to.a);
+    Words words;
+    words.load(staged_, step, lane_);
+    words.decode(lane_, to.a);
     to.metadata = metadata_;
   }
 
  private:
-  int lane_;
-  Words words_[2], next_[2];  // of each step
-  uint32_t metadata_;         // of both
-  NmKept next_kept_;
+  // Starts copies of a tile, if there is one.
+  OW_DEVICE void request(int stage, int tile, int tiles) {
+    if (tile < tiles) {
+      uint8_t* to = ring_ + stage * kStageBytes;
+      const uint8_t* values = values_ + int64_t(tile) * kValueBytes;
+      OW_UNROLL
+      for (int i = 0; i < kValueBytes; i += kWarp * 16) {
+        const int at = i + lane_ * 16;
+        if (at < kValueBytes) ptx::cp_async_cg_16(to + nm_swizzled(at), values + at, 16);
+      }
+      if (lane_ * 4 < index_bytes_) {
+        ptx::cp_async_ca_4(to + kValueBytes + lane_ * 4,
+                           index_ + int64_t(tile) * index_bytes_ + lane_ * 4, 4);
+      }
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  int lane_, index_bytes_;
+  const uint8_t* values_;
+  const uint8_t* index_;
+  uint8_t* ring_;
+  const uint8_t* staged_ = nullptr;
+  int stage_ = 0;
+  uint32_t metadata_ = 0;
 };
 
 template <class T_, int kPieces_>
@@ -62,13 +98,16 @@ class NmDenseStream {
   static constexpr int kSharedBytes = kNmFewWarps * kElements * 2;
   using Step = NmDense<T, kPieces>;
 
-  OW_DEVICE NmDenseStream(T* shared, int lane)
-      : lane_(lane), rows_(shared + int(threadIdx.x) / kWarp * kElements) {}
+  OW_DEVICE NmDenseStream(const NmGemmArgs&, int64_t panel, int lane)
+      : lane_(lane),
+        panel_(panel),
+        rows_(reinterpret_cast<T*>(dynamic_shared()) + int(threadIdx.x) / kWarp * kElements) {}
 
-  OW_DEVICE void request(const NmGemmArgs&, int64_t, int) {}
-  OW_DEVICE void take(const NmGemmArgs& a, int64_t panel, int tile) {
+  OW_DEVICE void begin(int, int) {}
+  OW_DEVICE void take(const NmGemmArgs& a, int tile, int) {
     __syncwarp();  // the tile before is read
-    expand_tile<T, kPieces>(a, panel, 1, tile * kNmTile, rows_, lane_, kWarp, [] { __syncwarp(); });
+    expand_tile<T, kPieces, 1>(a, panel_, tile * kNmTile, rows_, lane_, kWarp,
+                               [] { __syncwarp(); });
   }
   OW_DEVICE void load(int step, Step& to) const {
     load_dense(to, rows_, int(kNmPanel) * kNmRow, step, lane_);
@@ -76,6 +115,7 @@ class NmDenseStream {
 
  private:
   int lane_;
+  int64_t panel_;
   T* rows_;
 };
 
@@ -98,7 +138,8 @@ OW_DEVICE void load_tokens(uint32_t (&b)[4], const NmRows& x, int64_t m, int pie
 // Adds the sums of all warps, and stores the panel.
 OW_DEVICE void store_panel(const NmGemmArgs& a, const float (&sums)[kNmFewRows / 8][4],
                            int64_t panel) {
-  __shared__ float of_warps[kNmFewWarps][kNmFewRows][kNmPanel];
+  // Rows of four more, so that lanes that write at once meet no bank twice.
+  __shared__ float of_warps[kNmFewWarps][kNmFewRows][kNmPanel + 4];
   const int thread = int(threadIdx.x);
   const int lane = thread % kWarp;
   OW_UNROLL
@@ -121,18 +162,16 @@ OW_DEVICE void store_panel(const NmGemmArgs& a, const float (&sums)[kNmFewRows /
 template <class Stream, int kXPieces>
 __global__ void __launch_bounds__(kNmFewThreads, Stream::kBlocks)
     nm_few(NmGemmArgs a, NmRows x, int32_t span) {
-  using T = typename Stream::T;
   const int warp = int(threadIdx.x) / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t panel = blockIdx.x;
   const int tiles = int(div_up(a.k, kNmTile));
-  Stream weights(reinterpret_cast<T*>(dynamic_shared()), lane);
+  Stream weights(a, panel, lane);
   float d[kNmFewRows / 8][4] = {};
   float total[kNmFewRows / 8][4] = {};
-  if (warp < tiles) weights.request(a, panel, warp);
+  weights.begin(warp, tiles);
   for (int tile = warp; tile < tiles; tile += kNmFewWarps) {
-    weights.take(a, panel, tile);
-    if (tile + kNmFewWarps < tiles) weights.request(a, panel, tile + kNmFewWarps);
+    weights.take(a, tile, tiles);
     OW_UNROLL
     for (int step = 0; step < 2; ++step) {
       const int column = tile * kNmTile + step * kNmStep;

@@ -45,8 +45,7 @@ class NmSparseTiles {
       const int panel = first_ + i / kChunks;
       const bool inside = panel < panels;
       const int at = i % kChunks * kChunk;
-      const int swizzled = at ^ at / 128 % 2 * 32;  // as NmWords reads them
-      ptx::cp_async_cg_16(to + i / kChunks * kValueBytes + swizzled,
+      ptx::cp_async_cg_16(to + i / kChunks * kValueBytes + nm_swizzled(at),
                           nm_unit_values(a, inside ? panel : 0, tile) + at, inside ? kChunk : 0);
     }
     static_assert(kNmPanels * kIndexBytes / 4 == kNmManyThreads);
@@ -71,7 +70,7 @@ class NmSparseTiles {
   OW_DEVICE void load(int i, int step, Step& to) const {
     const int lane = int(threadIdx.x) % kWarp;
     Words words;
-    words.load(staged_ + i * kValueBytes, step, lane, true);
+    words.load(staged_ + i * kValueBytes, step, lane);
     words.decode(lane, to.a);
     to.metadata = metadata_[i];
   }
@@ -98,8 +97,8 @@ class NmDenseTiles {
 
   OW_DEVICE void stage(const NmGemmArgs&, int, uint8_t*) const {}
   OW_DEVICE void take(const NmGemmArgs& a, int tile, const uint8_t*) const {
-    expand_tile<T, kPieces>(a, first_, kNmPanels, tile * kNmTile, rows_, int(threadIdx.x),
-                            kNmManyThreads, [] { __syncthreads(); });
+    expand_tile<T, kPieces, kNmPanels>(a, first_, tile * kNmTile, rows_, int(threadIdx.x),
+                                       kNmManyThreads, [] { __syncthreads(); });
   }
   OW_DEVICE void load(int i, int step, Step& to) const {
     load_dense(to, rows_ + (own_ + i) * int(kNmPanel) * kNmRow, kNmOutputs * kNmRow, step,
@@ -219,6 +218,20 @@ struct NmManySums {
   }
 };
 
+// A block's tile of the result, counted in tiles.
+struct NmResultTile {
+  unsigned tokens, outputs;
+};
+// Blocks that run at the same time take about as many tiles of outputs as of tokens, so that what
+// they read stays in L2: columns of 16 tiles of outputs, and in each its tokens one after another.
+OW_DEVICE NmResultTile result_tile(unsigned token_tiles, unsigned output_tiles, unsigned block) {
+  constexpr unsigned kWidth = 16;
+  const unsigned first = block / (kWidth * token_tiles) * kWidth;
+  const unsigned width = unsigned(min_of(kWidth, output_tiles - first));
+  const unsigned within = block % (kWidth * token_tiles);
+  return {within / width, first + within % width};
+}
+
 // A group's sum is scaled every `span` columns, and at the end.
 template <class Tiles, int kXPieces>
 __global__ void __launch_bounds__(kNmManyThreads, (NmManyShape<Tiles, kXPieces>::kBlocks))
@@ -227,10 +240,10 @@ __global__ void __launch_bounds__(kNmManyThreads, (NmManyShape<Tiles, kXPieces>:
   uint8_t* shared = dynamic_shared();
   const int warp = int(threadIdx.x) / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
-  // Blocks that run at the same time share outputs: x is the smaller, and stays in L2.
-  const unsigned token_tiles = unsigned(div_up(a.m, Shape::kTokens));
-  const unsigned first_token = blockIdx.x % token_tiles * Shape::kTokens;
-  const int first_panel = int(blockIdx.x / token_tiles) * kNmPanels;
+  const NmResultTile result = result_tile(unsigned(div_up(a.m, Shape::kTokens)),
+                                          unsigned(div_up(a.n, kNmOutputs)), blockIdx.x);
+  const unsigned first_token = result.tokens * Shape::kTokens;
+  const int first_panel = int(result.outputs) * kNmPanels;
   const int own_panel = warp % kNmWarpRows * kNmWarpPanels;
   const int own_token = warp / kNmWarpRows * Shape::kEights * 8;
   const int panel = first_panel + own_panel;

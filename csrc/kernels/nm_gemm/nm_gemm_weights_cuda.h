@@ -68,21 +68,23 @@ OW_DEVICE void multiply(float (&d)[4], const NmSparse<T>& w, int, int step,
   }
 }
 
+// Where byte `at` of a unit's values is in shared memory: the halves of every third and fourth line
+// of 64 bytes are swapped, so that lanes that read at once meet no bank twice.
+OW_DEVICE int nm_swizzled(int at) { return at ^ at / 128 % 2 * 32; }
+
 // What one lane needs of the values of one step of a panel, of 16 bits or less.
 template <class T, int kBits>
 struct NmWords {
   uint32_t words[4];  // for each register of A
 
-  // From a unit's values. Where those are swizzled, the halves of every third and fourth line of 64
-  // bytes are swapped: lanes that read at once then meet no bank of shared memory twice.
-  OW_DEVICE void load(const uint8_t* unit, int step, int lane, bool swizzled) {
+  // From a unit's values in shared memory, swizzled.
+  OW_DEVICE void load(const uint8_t* unit, int step, int lane) {
     OW_UNROLL
     for (int i = 0; i < 4; ++i) {
       const fragments::Element e = fragments::a_sp_m16n8k32(lane, 2 * i);
       const int block = step * (kNmStep / 4) + e.column / 4;
-      const int line = block * kBits / 16;
-      const int at = line * 64 + (e.row * 4 ^ (swizzled ? line % 4 / 2 * 32 : 0));
-      words[i] = *reinterpret_cast<const uint32_t*>(unit + at);
+      const int at = block * kBits / 16 * 64 + e.row * 4;
+      words[i] = *reinterpret_cast<const uint32_t*>(unit + nm_swizzled(at));
     }
   }
 
@@ -190,24 +192,29 @@ OW_DEVICE void store_pieces(float value, bf16* to, int pieces, int stride) {
 }
 
 // Makes columns [column, column + kNmTile) of panels from `panel` on dense: rows
-// [kPieces][16 panels][kNmRow], by all threads that sync() waits for. Outputs past n are zero.
-template <class T, int kPieces, class Sync>
-OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int column, T* rows,
-                           int thread, int threads, const Sync& sync) {
-  const int outputs = panels * int(kNmPanel);
+// [kPieces][16 kPanels][kNmRow], by all threads that sync() waits for. Outputs past n are zero.
+//
+// A warp takes four slots of eight outputs at a time: whole sectors of index and values, and rows
+// of which each begins four banks past the one before.
+template <class T, int kPieces, int kPanels, class Sync>
+OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int column, T* rows, int thread,
+                           int threads, const Sync& sync) {
+  constexpr int kOutputs = kPanels * int(kNmPanel);
+  constexpr int kEights = kOutputs / 8;
+  constexpr int kSlots = 4;
   constexpr int kTogether = 16 / int(sizeof(T));
-  for (int i = thread; i < kPieces * outputs * kNmRow / kTogether; i += threads) {
+  for (int i = thread; i < kPieces * kOutputs * kNmRow / kTogether; i += threads) {
     reinterpret_cast<uint4*>(rows)[i] = uint4{0, 0, 0, 0};
   }
   sync();
   const int first_block = column / a.block;
   const int blocks = int(min_of(kNmTile / a.block, div_up(a.k, a.block) - first_block));
-  const int count = outputs * blocks * a.kept;
-  for (int i = thread; i < count; i += threads) {
-    const int output = i % outputs;
-    const int slot_of_tile = i / outputs;
+  const int slots = blocks * a.kept;
+  for (int i = thread; i < int(round_up(slots, kSlots)) * kOutputs; i += threads) {
+    const int output = i / kWarp % kEights * 8 + i % 8;
+    const int slot_of_tile = i / kWarp / kEights * kSlots + i % kWarp / 8;
     const int64_t of_panel = panel + output / int(kNmPanel);
-    if (panel * kNmPanel + output >= a.n) continue;
+    if (slot_of_tile >= slots || panel * kNmPanel + output >= a.n) continue;
     const int lane = output % int(kNmPanel);
     const int slot = first_block * a.kept + slot_of_tile;
     const int unit = slot / int(kNmUnit);
@@ -215,7 +222,7 @@ OW_DEVICE void expand_tile(const NmGemmArgs& a, int64_t panel, int panels, int c
     const int64_t at = nm_index_at(nm_unit_index(a, of_panel, unit), a.block, a.vector, lane, s);
     const int to = output * kNmRow + slot_of_tile / a.kept * a.block + int(at);
     store_pieces(value_at(a, nm_unit_values(a, of_panel, unit), lane, s), rows + to, kPieces,
-                 outputs * kNmRow);
+                 kOutputs * kNmRow);
   }
   sync();
 }

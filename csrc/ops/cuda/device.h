@@ -66,10 +66,10 @@ inline void check_aligned(const char* op, const char* name, const Tensor& tensor
            " bytes on a GPU, got ", past, " past one; call .clone()");
 }
 
-// Makes the device of a tensor current, and launches on torch's stream of it.
+// Makes the device of an argument current, and launches on torch's stream of it.
 class Device {
  public:
-  Device(const char* op, const Tensor& tensor)
+  Device(const char* op, const char* name, const Tensor& tensor)
       : op_(op)
 #if !defined(OW_CUDA_EMULATED)
         ,
@@ -79,8 +79,8 @@ class Device {
     constexpr int kOldest = 80;
     const int32_t index = place_of(tensor).device_index;
     const int capability = compute_capability(index);
-    OW_CHECK(capability >= kOldest, op,
-             ": x must be on a GPU of compute capability 8.0 or later, got ", capability / 10, ".",
+    OW_CHECK(capability >= kOldest, op, ": ", name,
+             " must be on a GPU of compute capability 8.0 or later, got ", capability / 10, ".",
              capability % 10);
 #if !defined(OW_CUDA_EMULATED)
     if (aoti_torch_get_current_cuda_stream == nullptr ||

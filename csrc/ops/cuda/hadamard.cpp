@@ -10,7 +10,7 @@ Tensor hadamard_op(const Tensor& x, int64_t block) {
   constexpr const char* kOp = "hadamard";
   check_operands(kOp, {{"x", &x}});
   return hadamard_by(x, block, [&](const HadamardArgs& args) {
-    const Device device(kOp, x);
+    const Device device(kOp, "x", x);
     device.check(launch_hadamard(args, device.stream()));
   });
 }

@@ -28,7 +28,7 @@ Tensor lowbit_linear(const Tensor& x_any, const Tensor& packed, const Tensor& sc
     check_aligned(kOp, "packed", packed);
     check_aligned(kOp, "scales", scales);
     if (zeros.has_value()) check_aligned(kOp, "zeros", *zeros);
-    const Device device(kOp, x);
+    const Device device(kOp, "x", x);
     const Place place = place_of(x);
     LowbitGemmArgs args{};
     args.m = m;
@@ -92,7 +92,7 @@ Tensor lowbit_embedding(const Tensor& ids, const Tensor& packed, const Tensor& s
       kOp, {{"ids", &ids}, {"packed", &packed}, {"scales", &scales}, {"zeros", or_null(zeros)}});
   return lowbit_embedding_by(ids, packed, scales, zeros, layout, n, k, group_size, dtype,
                              [&](const LowbitRowsArgs& args) {
-                               const Device device(kOp, packed);
+                               const Device device(kOp, "packed", packed);
                                device.check(launch_lowbit_rows(args, n, device.stream()));
                              });
 }
@@ -101,7 +101,7 @@ Tensor lowbit_embedding(const Tensor& ids, const Tensor& packed, const Tensor& s
 void check_values(const LowbitPackArgs& args, const Tensor& codes, const Tensor& scales,
                   const Tensor* zeros) {
   constexpr const char* kOp = "pack_lowbit";
-  const Device device(kOp, codes);
+  const Device device(kOp, "codes", codes);
   Tensor scratch = fast_empty({int64_t(sizeof(LowbitFaults))}, ScalarType::Byte, place_of(codes));
   LowbitFaults faults{};
   device.check(launch_find_lowbit_faults(args, static_cast<const uint8_t*>(codes.const_data_ptr()),
@@ -121,7 +121,7 @@ LowbitTensors pack_lowbit_op(const Tensor& codes, const Tensor& scales,
   check_operands(kOp, {{"codes", &codes}, {"scales", &scales}, {"zeros", or_null(zeros)}});
   return pack_lowbit_by(codes, scales, zeros, bits, group_size, check_values,
                         [&](const auto&... pack) {
-                          const Device device(kOp, codes);
+                          const Device device(kOp, "codes", codes);
                           device.check(launch_pack_lowbit(pack..., device.stream()));
                         });
 }
@@ -133,7 +133,7 @@ LowbitTensors unpack_lowbit_op(const Tensor& packed, const Tensor& scales,
   check_operands(kOp, {{"packed", &packed}, {"scales", &scales}, {"zeros", or_null(zeros)}});
   return unpack_lowbit_by(packed, scales, zeros, layout, n, k, group_size,
                           [&](const auto&... unpack) {
-                            const Device device(kOp, packed);
+                            const Device device(kOp, "packed", packed);
                             device.check(launch_unpack_lowbit(unpack..., device.stream()));
                           });
 }

@@ -21,7 +21,7 @@ Tensor nm_linear(const Tensor& x, const Tensor& values, const Tensor& index,
   const auto multiply = [&](NmGemmArgs& args) {
     check_aligned(kOp, "values", values);
     check_aligned(kOp, "index", index);
-    const Device device(kOp, x);
+    const Device device(kOp, "x", x);
     // Given back when this returns, to the stream that the kernels run on.
     std::optional<Tensor> codes, scales_of_rows, laid;
     if (args.int8) {
@@ -47,7 +47,7 @@ Tensor nm_linear(const Tensor& x, const Tensor& values, const Tensor& index,
 // As the CPU's operator checks on the host.
 void check_values(const char* op, const NmPackArgs& args, const Tensor& weight,
                   const Tensor* scales) {
-  const Device device(op, weight);
+  const Device device(op, "weight", weight);
   Tensor scratch = fast_empty({int64_t(sizeof(NmFaults))}, ScalarType::Byte, place_of(weight));
   NmFaults faults{};
   device.check(launch_find_nm_faults(args, scales == nullptr ? FloatType::f32 : float_type(*scales),
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_nm_op(const Tensor& weight,
     check_values(kOp, args, checked, grid);
   };
   const auto pack = [&](const NmPackArgs& args, void* values, uint8_t* index, void* packed_scales) {
-    const Device device(kOp, weight);
+    const Device device(kOp, "weight", weight);
     device.check(launch_compress_nm(args, values, index, packed_scales, device.stream()));
   };
   return compress_nm_by(weight, or_null(mask), or_null(scales), kept, block, vector, bits,
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> expand_nm_op(const Tensor& values, const Tensor& inde
   check_operands(kOp, {{"values", &values}, {"index", &index}, {"scales", or_null(scales)}});
   const auto expand = [&](const NmPackArgs& args, const void* packed, const uint8_t* lanes,
                           const void* packed_scales, void* weight, void* flat_scales) {
-    const Device device(kOp, values);
+    const Device device(kOp, "values", values);
     device.check(
         launch_expand_nm(args, packed, lanes, packed_scales, weight, flat_scales, device.stream()));
   };

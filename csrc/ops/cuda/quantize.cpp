@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x) {
   constexpr const char* kOp = "quantize_rows";
   check_operands(kOp, {{"x", &x}});
   return quantize_rows_by(x, [&](const EncodeArgs& args) {
-    const Device device(kOp, x);
+    const Device device(kOp, "x", x);
     device.check(launch_encode_rows(args, device.stream()));
   });
 }

@@ -10,7 +10,6 @@
 namespace ow::emulation {
 namespace {
 
-constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kLanes = 32;
 
 // Lanes that wait for each other.
@@ -293,9 +292,6 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, void (*body)(const void*)
   block->context = context;
   block->shared_bytes = shared_bytes;
   block->launcher.adopt();
-  if (block->threads == 0 || block->threads > kMaxThreads) {
-    throw std::runtime_error("emulation: a block must have 1 to 1024 threads");
-  }
 #if defined(__SANITIZE_ADDRESS__)
   constexpr size_t kSides = 0;  // red zones end where the memory does
 #else

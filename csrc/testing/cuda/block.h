@@ -7,7 +7,7 @@
 // asynchronous copies land early or as late as allowed. Under TSan, threads of a block that are not
 // ordered by a barrier are concurrent, so that races are found in every order.
 //
-// Not seen: races between blocks, fences, speed, limits of registers and shared memory.
+// Not seen: races between blocks, fences, speed, limits of registers.
 #pragma once
 
 #include <stddef.h>
@@ -54,6 +54,11 @@ uint3 block_index();
 dim3 block_size();
 dim3 grid_size();
 uint8_t* dynamic_shared();
+
+// Threads of a block at most.
+constexpr unsigned kMaxThreads = 1024;
+// The CUDA error that such a launch would end in, or 0.
+int launch_error(dim3 grid, int threads, int shared_bytes);
 
 // Ends the block with a message that names the current thread.
 void fail(const char* what, const Where& where);
