@@ -244,7 +244,7 @@ def test_sparse_low_rank_gradients_are_those_of_the_dense_weight() -> None:
 
 
 def test_sparse_low_rank_layer_keeps_no_dense_weight() -> None:
-    n, k = 200, 300
+    n, k = 400, 600
     layer = SparseLowRankLinear.random(k, n, rank=4)
     saved: list[int] = []
 
