@@ -90,6 +90,15 @@ def test_patterns_of_heads_are_kept_apart() -> None:
         assert torch.allclose(o[:, :, head], alone[:, :, head], atol=1e-6)
 
 
+def test_patterns_of_another_model_are_refused() -> None:
+    q, k, v = qkv()
+    near = HeadPattern("a_shape", 0, 16)
+    for layer, got in ((0, 4), (1, 0)):
+        message = f"patterns of 6 heads expected in layer {layer}, got {got}"
+        with pytest.raises(ValueError, match=message):
+            MInference(((near,) * 4,))(layer, q, k, v)
+
+
 def test_patterns_are_saved(tmp_path: Path) -> None:
     policy = MInference(((HeadPattern("a_shape", 4, 20), HeadPattern("block_topk", 3)),) * 2)
     policy.save(tmp_path / "patterns.json")

@@ -122,6 +122,21 @@ def test_vertical_slash_of_all_lines_is_dense(lines: tuple[int, int]) -> None:
     assert index.density([130] * 2, [200] * 2) == 1.0
 
 
+def test_vertical_slash_keeps_sinks_and_the_nearest_whatever_they_score() -> None:
+    q, k = _pair(1, 300, 300)
+    k[:, :4] -= 4 * q[:, -64:].mean(1).view(1, 1, 2, 2, 16).mean(3)  # nobody likes the first keys
+    index = vertical_slash_index(q, k, 12, 20, sinks=4, window=16, **SMALL)
+    (mask,) = index.to_mask([300], [300])
+    distance = torch.arange(300)[:, None] - torch.arange(300)
+    assert mask[:, (distance >= 0) & (distance < 16)].all()
+    assert mask[:, 16:, :4].all()
+    alone = vertical_slash_index(q, k, 4, 16, sinks=4, window=16, **SMALL)
+    (mask,) = alone.to_mask([300], [300])
+    # Nothing else has a place: blocks that hold none of the 16 distances, nor one of the 4 keys.
+    rows, blocks = torch.arange(300)[:, None] // 16, torch.arange(300) // 16
+    assert not mask[:, (rows - blocks > 1) & (torch.arange(300) >= 16)].any()
+
+
 def test_vertical_slash_finds_planted_lines() -> None:
     q, k = _pair(1, 300, 300, h=2, g=1, d=32, size=0.1)
     k[0, 77] += 3.0  # a column that all queries like
@@ -213,18 +228,16 @@ def _stepped(groups: int, size: int, d: int = 8) -> tuple[Tensor, Tensor, Tensor
 
 
 def test_hip_recovers_the_best_blocks_where_neighbours_score_alike() -> None:
-    q, k, scores = _stepped(groups=8, size=64)
-    n = q.shape[1]
-    windows = torch.ones(1, dtype=torch.int32)
-    blocks, _ = hierarchical_topk(q[:, -16:], k, windows, 8, block_m=16, block_n=16)
-    candidates = (n - 16) // 16
-    # Runs of 4 blocks, groups of at most 4: the best two runs are the 8 best blocks.
-    best = scores.topk(2).indices if (scores[-1] < scores.topk(2).values.min()) else None
-    if best is not None:
-        want = {int(b) * 4 + i for b in best for i in range(4)}
+    for _ in range(20):
+        q, k, scores = _stepped(groups=8, size=64)
+        # After them comes a block that is not searched, that of the queries.
+        n = k.shape[1] + 16
+        q, k = torch.ones(1, n, 1, 8), torch.cat((k, torch.zeros(1, 16, 1, 8)), 1)
+        windows = torch.ones(1, dtype=torch.int32)
+        blocks, _ = hierarchical_topk(q[:, -16:], k, windows, 8, block_m=16, block_n=16)
+        # Runs of 4 blocks, groups of 4: the best two runs are the 8 best blocks.
+        want = {int(b) * 4 + i for b in scores.topk(2).indices for i in range(4)}
         assert set(blocks[0, 0, 0].nonzero().flatten().tolist()) == want
-    assert int(blocks.sum()) == 8
-    assert not blocks[..., candidates:].any()
 
 
 @pytest.mark.parametrize("top", [1, 3, 8])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openwork import attention
 from openwork.attention import AShape, Dense, LMInfinite, LServe, Policy, lambda_density
+from openwork.kvcache import SnapKV
 from openwork.models.llama import rope_frequencies
 
 H, G, D = 6, 2, 16
@@ -165,6 +166,16 @@ def test_measures_a_crossover() -> None:
     assert found in (None, 16, 64)
     with pytest.raises(ValueError, match="a longer text expected, got 8 tokens"):
         attention.measure_crossover(model, AShape(), torch.arange(8))
+    for policy, name in ((SnapKV(64), "eviction.SnapKV"), (AShape, "policy.AShape itself")):
+        with pytest.raises(ValueError, match=f"policy of openwork.attention, .* got .*{name}"):
+            attention.enable(model, policy)  # type: ignore[arg-type]
+    q, k, v = qkv(40, 40)
+    for retrieval, message in (
+        (torch.ones(1, G), r"must be \[layers, g\] bool, .* got \[1, 2\] float32"),
+        (torch.ones(1, 3) > 0, "retrieval of 2 key heads expected, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LServe(retrieval)(0, q, k, v)
     with pytest.raises(ValueError, match="crossover must be at least 0, got -1"):
         attention.enable(model, AShape(), crossover=-1)
 

@@ -27,6 +27,7 @@ from openwork.kvcache import (
     Recency,
     Saliency,
     SnapKV,
+    kivi,
 )
 from openwork.models import Llama
 
@@ -249,8 +250,19 @@ def test_generates(model: Llama) -> None:
 def test_refuses(model: Llama) -> None:
     with pytest.raises(ValueError, match="max_len and batch must be at least 1, got 0, 1"):
         Cache(model, 0)
-    with pytest.raises(ValueError, match="a format for each of 2 layers expected, got 3"):
-        Cache(model, 8, format=[Format()] * 3)
+    for wrong, got in (
+        ([Format()] * 3, "3 Format"), (KVFormat(4), "1 KVFormat"), ("kivi", "4 str"), ([], "0 of"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"or one for each of 2 layers expected, got {got}"):
+            Cache(model, 8, format=wrong)  # type: ignore[arg-type]
+    for policy, name in (
+        (attention.AShape(), "attention.policy.AShape"),
+        (SnapKV, "SnapKV itself"),
+    ):
+        with pytest.raises(ValueError, match=f"policy of openwork.kvcache, .* got .*{name}"):
+            Cache(model, 8, policy=policy)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kivi: residual must be a multiple of group_size = 32"):
+        kivi(4, residual=100)
     cache = Cache(model, 8)
     with pytest.raises(ValueError, match="room for 9 tokens needed, got max_len = 8"):
         model(TOKENS[:1, :9], cache)
@@ -259,3 +271,27 @@ def test_refuses(model: Llama) -> None:
     with pytest.raises(ValueError, match="and 0 with rotation by place, got 2"):
         Format(rotate="place", exact_first=2)
     assert math.prod(cache.held.shape) == 4
+
+
+def test_a_choice_of_pages_serves_some_steps_in_layers_that_choose(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quest's first layers read everything; LServe chooses every few steps, and at a new page."""
+    asked: list[int] = []
+    select = ops.select_pages
+
+    def counted(q: Tensor, pages: KVPages, budget: int, **options: Any) -> Tensor:
+        asked.append(int(pages.lengths.max()))
+        return select(q, pages, budget, **options)
+
+    monkeypatch.setattr(ops, "select_pages", counted)
+    for policy, expected in (
+        (Quest(32, dense_layers=2), []),
+        (Quest(32, dense_layers=1), [91, 92, 93, 94, 95, 96, 97, 98, 99]),
+        # Of two layers. Page 2 is full at 96 tokens.
+        (LServe(SOME, 32, 4, ALL, refresh=4), [91, 91, 95, 95, 97, 97]),
+    ):
+        asked.clear()
+        cache = Cache(model, ALL, batch=2, policy=policy, page_size=32)
+        logits(model, cache, [PROMPT, *[1] * 9])
+        assert asked == expected

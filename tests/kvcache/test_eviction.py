@@ -167,7 +167,7 @@ def test_adakv_shares_the_budget_of_the_layer() -> None:
         (lambda: LServe(torch.ones(2, 2) > 0).layer(2), "of more than 2 layers, got"),
         (
             lambda: Razor(torch.ones(2, 3) > 0).layer(0).compress(random_prompt(20)),
-            "retrieval: 2 key heads of a layer expected, got 3",
+            "retrieval of 2 key heads expected, got 3",
         ),
     ],
 )

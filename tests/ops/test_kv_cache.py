@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import openwork
 from openwork import KVFormat, KVPages, ops
@@ -142,6 +144,27 @@ def test_all_pages_within_the_budget_are_selected() -> None:
     for method in ("flat", "chunks"):
         got = ops.select_pages(q, history.pages(), 4, method=method)  # type: ignore[arg-type]
         assert got.tolist() == [[[0, 1, 2, -1]] * 2] * 2
+
+
+def test_pages_without_heads_are_refused() -> None:
+    """``KVPages`` are not made so, but operators take tensors."""
+    history = History(*dense(torch.bfloat16)).appended(150, 1)
+    pages = history.pages()
+    table, lengths, *rest = pages.tensors
+    tensors = [table[:, :0].contiguous(), lengths[:, :0].contiguous(), *rest]
+    tensors[-1] = tensors[-1][:, :0].contiguous()  # positions
+    q = torch.zeros(2, 1, 4, history.d).bfloat16()
+    mode = FakeTensorMode()
+    for number in (mode.from_tensor, lambda x: x):
+        given = [number(x) for x in (q, *tensors)]
+        with mode if number is mode.from_tensor else contextlib.nullcontext():
+            for name, message, more in (
+                ("select_pages", "heads a multiple of 0", (2, False, False)),
+                ("paged_attention", "multiple of kv_heads = 0 heads", ()),
+            ):
+                op = getattr(torch.ops.openwork, name).default
+                with pytest.raises(ValueError, match=f"{name}: q must .*{message}"):
+                    op(given[0], given[1:], pages.format, *more)
 
 
 def test_codebook_beats_the_uniform_grid_on_laplace_numbers() -> None:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from openwork.attention.policy import Dense, Policy
+from openwork.attention.policy import Dense, Policy, check_policy
 from openwork.attention.probe import each_layer
 from openwork.models import Llama
 from openwork.models.llama import Layer, dense_attention
@@ -71,7 +71,7 @@ def enable(model: Llama, policy: Policy, *, crossover: int = 2048) -> Report:
         The report, which later calls of the model add to.
 
     Raises:
-        ValueError: a negative crossover.
+        ValueError: a negative crossover, or something else than a policy for attention.
 
     Example:
         >>> from openwork.models import Llama, LlamaConfig
@@ -84,6 +84,7 @@ def enable(model: Llama, policy: Policy, *, crossover: int = 2048) -> Report:
         >>> round(report.density, 3)
         0.524
     """
+    check_policy("enable", policy)
     if crossover < 0:
         raise ValueError(f"enable: crossover must be at least 0, got {crossover}")
     report = Report(crossover, len(model.layers))

@@ -76,7 +76,12 @@ class MInference(Estimated):
     heads: tuple[tuple[HeadPattern, ...], ...]
 
     def index(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> BlockIndex:
-        heads = self.heads[layer]
+        heads = self.heads[layer] if layer < len(self.heads) else ()
+        if len(heads) != q.shape[2]:
+            raise ValueError(
+                f"MInference: patterns of {q.shape[2]} heads expected in layer {layer}, got "
+                f"{len(heads)}"
+            )
         # One estimate of each kind serves all of its heads; in those of others it marks nothing.
         kinds = list(dict.fromkeys(head.kind for head in heads))
         indexes = [

@@ -45,6 +45,20 @@ class Policy(Protocol):
         """
 
 
+def check_policy(op: str, policy: object) -> None:
+    """Refuse what is no policy for attention, such as one for a cache.
+
+    Raises:
+        ValueError: naming ``op``.
+    """
+    if isinstance(policy, type) or not callable(policy):
+        kind = policy if isinstance(policy, type) else type(policy)
+        raise ValueError(
+            f"{op}: a policy of openwork.attention, such as AShape(), expected, got "
+            f"{kind.__module__}.{kind.__name__}{' itself' if kind is policy else ''}"
+        )
+
+
 @dataclass(frozen=True)
 class Dense:
     """Everything; to compare with."""
@@ -155,9 +169,11 @@ class LServe:
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     ) -> Visited:
-        dense = self.retrieval[layer]
+        dense = retrieval_heads_of("LServe", self.retrieval, layer)
         b, t, h, d = q.shape
         g = k.shape[2]
+        if len(dense) != g:
+            raise ValueError(f"LServe: retrieval of {g} key heads expected, got {len(dense)}")
         o = q.new_empty(b, t, g, h // g, v.shape[-1])
         densities = torch.ones(g)
         policies: tuple[tuple[Tensor, Policy], ...] = (
@@ -172,6 +188,28 @@ class LServe:
             o[:, :, heads] = part.view(b, t, len(heads), h // g, -1)
             densities[heads] = density
         return Visited(o.flatten(2, 3), float(densities.mean()))
+
+
+def retrieval_heads_of(name: str, retrieval: Tensor, layer: int) -> Tensor:
+    """The heads of one layer that keep everything.
+
+    Args:
+        name: of the policy, for messages.
+        retrieval: ``[layers, g]`` bool.
+        layer: its number.
+
+    Returns:
+        ``[g]`` bool.
+
+    Raises:
+        ValueError: another shape or dtype, or too few layers.
+    """
+    if retrieval.dim() != 2 or retrieval.dtype != torch.bool or len(retrieval) <= layer:
+        raise ValueError(
+            f"{name}: retrieval must be [layers, g] bool, of more than {layer} layers, got "
+            f"{list(retrieval.shape)} {str(retrieval.dtype).removeprefix('torch.')}"
+        )
+    return retrieval[layer]
 
 
 def lambda_density(t: int, n: int, sinks: int, window: int) -> float:

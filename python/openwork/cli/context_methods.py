@@ -144,6 +144,9 @@ def _formats(known: Profile, length: int) -> Iterator[Contender]:
             ),
         }.items():
             yield Contender(method, f"{bits} bit", _cache(model, length, format=format))
+    zipped = kvcache.MixedPrecision(kvcache.Saliency(round(0.6 * length)))
+    options = {"format": kvcache.kivi(4), "policy": zipped}
+    yield Contender("ZipCache", "4 and 2 bit", _cache(model, length, **options))
     for bits, formats in known.formats.items():
         yield Contender("KVQuant", f"{bits} bit", _cache(model, length, format=formats))
 

@@ -29,8 +29,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from openwork import ops
 from openwork.attention import Policy, Report
 from openwork.attention.enable import Prefill
+from openwork.attention.policy import check_policy
 from openwork.kvcache import Format, KeepAll, LayerCache, prefilling, roll_back
 from openwork.kvcache import Policy as CachePolicy
+from openwork.kvcache.formats import each_format
+from openwork.kvcache.policy import check_policy as check_cache_policy
 from openwork.models.llama import dense_attention
 
 NAME = "openwork_block"
@@ -67,6 +70,8 @@ def use_block_attention(
         >>> round(report.density, 3)
         0.524
     """
+    if policy is not None:
+        check_policy("use_block_attention", policy)
     report = Report(crossover, model.config.get_text_config().num_hidden_layers)
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
@@ -126,12 +131,13 @@ class PagedCache(transformers.Cache):
     ) -> None:
         config = model.config.get_text_config()
         count, heads = config.num_hidden_layers, config.num_attention_heads
-        formats = [format] * count if isinstance(format, Format) else list(format)
-        if len(formats) != count or any(f.rotate != "stored" for f in formats):
+        formats = each_format("PagedCache", format, count)
+        if any(f.rotate != "stored" for f in formats):
             raise ValueError(
-                f"PagedCache: a format for each of {count} layers, of rotated keys, expected, got "
-                f"{[f.rotate for f in formats]}"
+                'PagedCache: formats of rotate = "stored" expected, as keys come rotated, got '
+                f'"{", ".join(sorted({f.rotate for f in formats}))}"'
             )
+        check_cache_policy("PagedCache", policy)
         windows = _windows(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._held: list[LayerCache] = []

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from openwork.kvcache.compression import check_plain
-from openwork.kvcache.formats import Format
+from openwork.kvcache.formats import Format, each_format
 from openwork.kvcache.layer import LayerCache
-from openwork.kvcache.policy import KeepAll, Policy
+from openwork.kvcache.policy import KeepAll, Policy, check_policy
 from openwork.models import Llama
 from openwork.models.kv_cache import Attend
 from openwork.models.llama import Layer
@@ -72,11 +72,8 @@ class Cache:
         if max_len < 1 or batch < 1:
             raise ValueError(f"Cache: max_len and batch must be at least 1, got {max_len}, {batch}")
         config = model.config
-        formats = [format] * config.layers if isinstance(format, Format) else list(format)
-        if len(formats) != config.layers:
-            raise ValueError(
-                f"Cache: a format for each of {config.layers} layers expected, got {len(formats)}"
-            )
+        formats = each_format("Cache", format, config.layers)
+        check_policy("Cache", policy)
         self.max_len, self.batch, self.length = max_len, batch, 0
         self.layers = [
             LayerCache(

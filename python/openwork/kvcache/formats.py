@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +59,29 @@ class Format:
         )  # fmt: skip
 
 
+def each_format(op: str, format: Format | Sequence[Format], layers: int) -> list[Format]:
+    """One format for each layer.
+
+    Args:
+        op: who asks, for messages.
+        format: one for all layers, or one for each.
+        layers: how many.
+
+    Raises:
+        ValueError: another number of formats, or something else.
+    """
+    if isinstance(format, Format):
+        return [format] * layers
+    formats = list(format) if isinstance(format, Sequence) else [format]
+    kinds = {type(x).__name__ for x in formats}
+    if len(formats) != layers or kinds != {"Format"}:
+        raise ValueError(
+            f"{op}: a Format, such as kivi(4), or one for each of {layers} layers expected, got "
+            f"{len(formats)} {' and '.join(sorted(kinds)) or 'of them'}"
+        )
+    return formats
+
+
 def kivi(
     bits: int = 2, *, group_size: int = 32, residual: int = 128, rotate: Rotation = "stored"
 ) -> Format:
@@ -73,8 +97,15 @@ def kivi(
         residual: tokens that stay exact, a multiple of the group size.
         rotate: see :class:`Format`; the paper's is "stored".
 
+    Raises:
+        ValueError: numbers that do not fit each other.
+
     Source: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", 2024.
     """
+    if residual < group_size or residual % group_size:
+        raise ValueError(
+            f"kivi: residual must be a multiple of group_size = {group_size}, got {residual}"
+        )
     return Format(
         KVFormat(bits, "channel", group_size, step=residual),
         KVFormat(bits, "token", group_size, window=residual),

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from openwork.attention.policy import retrieval_heads_of
 from openwork.kvcache.eviction import Recency
 from openwork.kvcache.policy import LayerPolicy, PageChoice
-from openwork.kvcache.streaming import StreamingLayer, heads_of
+from openwork.kvcache.streaming import StreamingLayer
 
 
 class _PagesLayer(LayerPolicy):
@@ -87,7 +88,7 @@ class LServe:
 
     def layer(self, index: int) -> LayerPolicy:
         return StreamingLayer(
-            heads_of("LServe", self.retrieval, index),
+            retrieval_heads_of("LServe", self.retrieval, index),
             Recency(self.sinks, self.recent),
             PageChoice(self.budget, refresh=self.refresh, method="chunks"),
         )

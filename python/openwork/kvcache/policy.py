@@ -171,6 +171,20 @@ class KeepAll(LayerPolicy):
         return self
 
 
+def check_policy(op: str, policy: object) -> None:
+    """Refuse what is no policy for a cache, such as one for prompts.
+
+    Raises:
+        ValueError: naming ``op``.
+    """
+    if isinstance(policy, type) or not hasattr(policy, "layer"):
+        kind = policy if isinstance(policy, type) else type(policy)
+        raise ValueError(
+            f"{op}: a policy of openwork.kvcache, such as SnapKV(budget=1024), expected, got "
+            f"{kind.__module__}.{kind.__name__}{' itself' if kind is policy else ''}"
+        )
+
+
 def group_mean(x: Tensor, kv_heads: int) -> Tensor:
     """``[b, h, n] -> [b, g, n]``: the mean of the query heads that share a key head."""
     b, h, n = x.shape

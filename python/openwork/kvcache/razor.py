@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openwork.attention.policy import retrieval_heads_of
 from openwork.attention.probe import each_layer, row_lse
 from openwork.kvcache.eviction import Recency
 from openwork.kvcache.policy import Held, Kept, LayerPolicy, Prompt, State
-from openwork.kvcache.streaming import StreamingLayer, heads_of
+from openwork.kvcache.streaming import StreamingLayer
 from openwork.models import Llama
 
 
@@ -39,7 +40,9 @@ class Razor:
 
     def layer(self, index: int) -> LayerPolicy:
         kind = _RazorLayer if self.compensation else StreamingLayer
-        return kind(heads_of("Razor", self.retrieval, index), Recency(self.sinks, self.recent))
+        return kind(
+            retrieval_heads_of("Razor", self.retrieval, index), Recency(self.sinks, self.recent)
+        )
 
 
 class _RazorLayer(StreamingLayer):

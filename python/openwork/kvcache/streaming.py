@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from openwork.kvcache.eviction import Recency
@@ -28,33 +27,9 @@ class StreamingLayer(LayerPolicy):
     def compress(self, prompt: Prompt) -> Kept | None:
         g = prompt.keys.shape[1]
         if self._retrieval.shape[1] != g:
-            raise ValueError(
-                f"retrieval: {g} key heads of a layer expected, got {self._retrieval.shape[1]}"
-            )
+            raise ValueError(f"retrieval of {g} key heads expected, got {self._retrieval.shape[1]}")
         kept = self._streaming.compress(prompt)
         return None if kept is None else Kept(kept.mask | self._retrieval)
 
     def trim(self, held: Held) -> Tensor | None:
         return self._streaming.trim_heads(held, self._retrieval)
-
-
-def heads_of(name: str, retrieval: Tensor, layer: int) -> Tensor:
-    """The heads of one layer that keep everything.
-
-    Args:
-        name: of the policy, for messages.
-        retrieval: ``[layers, g]`` bool.
-        layer: its number.
-
-    Returns:
-        ``[g]`` bool.
-
-    Raises:
-        ValueError: another shape or dtype, or too few layers.
-    """
-    if retrieval.dim() != 2 or retrieval.dtype != torch.bool or len(retrieval) <= layer:
-        raise ValueError(
-            f"{name}: retrieval must be [layers, g] bool, of more than {layer} layers, got "
-            f"{list(retrieval.shape)} {str(retrieval.dtype).removeprefix('torch.')}"
-        )
-    return retrieval[layer]

@@ -266,6 +266,7 @@ def _select_pages_fake(
         and q.shape[0] == b
         and q.shape[1] >= 1
         and q.shape[2] >= 1
+        and kv_heads >= 1
         and q.shape[2] % kv_heads == 0
         and q.shape[3] == d,
         f"{op}: q must be [b, t, heads, d] with b = {b}, heads a multiple of {kv_heads} and "
