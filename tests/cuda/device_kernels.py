@@ -53,7 +53,7 @@ BYTES = frozenset({"IMMA"})
 # Kernels of openwork_cuda.so, of all that its products and transforms run. The first row whose name
 # matches decides.
 KERNELS = (
-    DeviceKernel("encode_rows_int8<*>", 256, 64, shared=32),
+    DeviceKernel("encode_rows_int8<*>", 256, 40, shared=32),
     DeviceKernel("encode_rows_fixed<*>", 256, 64),
     DeviceKernel("hadamard_in_warps<*>", 256, 40),
     # Blocks of 512, 1024, ..., 32768 elements.
@@ -65,21 +65,22 @@ KERNELS = (
     DeviceKernel("hadamard_in_blocks<*, 4, 16>", 512, 64, shared=64 << 10, dynamic=64 << 10),
     DeviceKernel("hadamard_in_blocks<*, 8, 16>", 512, 128, shared=64 << 10, dynamic=64 << 10),
     # N:M weights: 2:4, by bits of a value; any pattern, by pieces of w and of x.
-    DeviceKernel("nm_few<NmSparseStream<*>, 1>", 256, 80, 8192, tensor=SPARSE),
-    DeviceKernel("nm_few<NmDenseStream<*, 1>, *>", 256, 96, 26624, 18432, tensor=DENSE),
-    DeviceKernel("nm_few<NmDenseStream<*, 3>, *>", 256, 104, 63488, 55296, tensor=DENSE),
+    DeviceKernel("nm_few<NmSparseStream<*, 16>, 1>", 256, 80, 37888, 27648, tensor=SPARSE),
+    DeviceKernel("nm_few<NmSparseStream<*>, 1>", 256, 80, 34816, 24576, tensor=SPARSE),
+    DeviceKernel("nm_few<NmDenseStream<*, 1>, *>", 256, 96, 28672, 18432, tensor=DENSE),
+    DeviceKernel("nm_few<NmDenseStream<*, 3>, *>", 256, 104, 65536, 55296, tensor=DENSE),
     DeviceKernel("nm_many<NmSparseTiles<*, 16>, 1>", 256, 128, 82944, 82944, tensor=SPARSE),
-    DeviceKernel("nm_many<NmSparseTiles<*, 8>, 1>", 256, 128, 43008, 43008, tensor=SPARSE),
-    DeviceKernel("nm_many<NmSparseTiles<*, 4>, 1>", 256, 128, 36864, 36864, tensor=SPARSE),
+    DeviceKernel("nm_many<NmSparseTiles<*, 8>, 1>", 256, 128, 46080, 46080, tensor=SPARSE),
+    DeviceKernel("nm_many<NmSparseTiles<*, 4>, 1>", 256, 128, 39936, 39936, tensor=SPARSE),
     DeviceKernel("nm_many<NmDenseTiles<*, 1>, 1>", 256, 128, 46080, 46080, tensor=DENSE),
     DeviceKernel("nm_many<NmDenseTiles<*, 1>, 3>", 256, 128, 73728, 73728, tensor=DENSE),
-    DeviceKernel("nm_many<NmDenseTiles<*, 3>, 1>", 256, 176, 73728, 73728, tensor=DENSE),
-    DeviceKernel("nm_many<NmDenseTiles<*, 3>, 3>", 256, 152, 82944, 82944, tensor=DENSE),
-    DeviceKernel("lay_out_rows<*>", 256, 24),
+    DeviceKernel("nm_many<NmDenseTiles<*, 3>, 1>", 256, 168, 73728, 73728, tensor=DENSE),
+    DeviceKernel("nm_many<NmDenseTiles<*, 3>, 3>", 256, 144, 82944, 82944, tensor=DENSE),
+    DeviceKernel("lay_out_rows<*>", 256, 16),
     # Low-bit weights: type of x, its digits, bits of a weight; of tiles, eights of rows.
-    DeviceKernel("lowbit_gemm_rows<signed char, 3, *>", 256, 128, 81920, 81920, tensor=BYTES),
-    DeviceKernel("lowbit_gemm_rows<signed char, *>", 256, 112, 81920, 81920, tensor=BYTES),
-    DeviceKernel("lowbit_gemm_rows<*>", 256, 112, 81920, 81920, tensor=DENSE),
+    DeviceKernel("lowbit_gemm_rows<signed char, 3, *>", 256, 128, 82944, 82944, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_rows<signed char, *>", 256, 112, 82944, 82944, tensor=BYTES),
+    DeviceKernel("lowbit_gemm_rows<*>", 256, 112, 82944, 82944, tensor=DENSE),
     DeviceKernel("lowbit_gemm_tile<signed char, 3, *>", 128, 168, 61440, 61440, tensor=BYTES),
     DeviceKernel("lowbit_gemm_tile<signed char, 1, *, 2>", 128, 128, 53248, 53248, tensor=BYTES),
     DeviceKernel("lowbit_gemm_tile<signed char, 1, *, 8>", 128, 256, 65536, 65536, tensor=BYTES),

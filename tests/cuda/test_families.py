@@ -134,6 +134,10 @@ DEFECTS = (
         "scales[i / 2]", "scales[i % 2]",
     ),
     Defect(
+        "nm_gemm", "scales of the wrong half of a tile", "nm_gemm_weights_cuda.h",
+        "step * int(kNmPanel) : 0", "0 : 0",
+    ),
+    Defect(
         "nm_gemm", "tokens of the last tiles of outputs left out", "nm_gemm_many_cuda.h",
         "within / width, first + within % width", "within / kWidth, first + within % width",
     ),

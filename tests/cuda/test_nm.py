@@ -156,12 +156,14 @@ def test_x_need_not_be_aligned(device: str) -> None:
     assert ((y.double() - expected[0]).abs() <= nm_linear_tolerance(sample, expected)[0]).all()
 
 
-def test_weights_that_are_not_aligned_are_refused() -> None:
-    weight = make_weight(20, 96, (2, 4), "bfloat16")
-    moved = torch.empty(weight.values.numel() + 1, dtype=torch.bfloat16)[1:]
-    broken = replace(weight, values=moved.view(weight.values.shape))
-    with pytest.raises(ValueError, match="^nm_linear: values must begin at a multiple of 16 bytes"):
-        _check("emulated", torch.randn(1, 96), broken)
+@pytest.mark.parametrize("name", ["values", "index", "scales"])
+def test_weights_that_are_not_aligned_are_refused(name: str) -> None:
+    weight = make_weight(20, 96, (2, 4), "int4", group_size=32)
+    tensor = getattr(weight, name)
+    moved = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    message = f"^nm_linear: {name} must begin at a multiple of 16 bytes"
+    with pytest.raises(ValueError, match=message):
+        _check("emulated", torch.randn(1, 96), replace(weight, **{name: moved}))
 
 
 def test_operands_of_several_devices_are_refused() -> None:

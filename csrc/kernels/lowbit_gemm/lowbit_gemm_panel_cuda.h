@@ -179,6 +179,7 @@ class PanelSum {
     group_ = block / group_blocks();
     left_ = group_blocks() - block % group_blocks();
     next_zeros_ = load_zeros(args, at(group_));
+    if (kScalesAhead) next_scales_ = load_scales(args, at(group_));
     begin_group();
   }
 
@@ -227,6 +228,8 @@ class PanelSum {
 
  private:
   using Sum = typename Operand<X>::Sum;
+  // Where one tile leaves the registers: a group of 32 is over before its scales have come.
+  static constexpr bool kScalesAhead = kTiles == 1 && !kHalves;
   // Zero points that a signed byte has no room for.
   static constexpr bool kSumsX = sizeof(X) == 1 && kBits == 8;
 
@@ -243,7 +246,12 @@ class PanelSum {
   OW_DEVICE void begin_group() {
     set_zeros(next_zeros_);
     next_zeros_ = load_zeros(args_, at(group_ + 1));
-    scales_ = load_scales(args_, at(group_));
+    if (kScalesAhead) {
+      scales_ = next_scales_;
+      next_scales_ = load_scales(args_, at(group_ + 1));
+    } else {
+      scales_ = load_scales(args_, at(group_));
+    }
   }
 
   template <class ReadX>
@@ -308,7 +316,7 @@ class PanelSum {
   int group_ = 0, left_ = 0;  // blocks of the group
   uint32_t zeros_[4] = {};
   uint32_t next_zeros_ = 0;
-  uint4 scales_{};
+  uint4 scales_{}, next_scales_{};
   Sum sum_[kTiles][2][4] = {};
   int x_sum_[kTiles][4] = {};
   float total_[kTiles / kDigits][2][4] = {};

@@ -26,26 +26,29 @@ class NmSparseStream {
   static constexpr int kBlocks = 3;  // of a multiprocessor
   static constexpr int kValueBytes = int(kNmUnit * kNmPanel) * kBits / 8;
   static constexpr int kIndexBytes = 128;  // where V is 1
-  static constexpr int kStageBytes = kValueBytes + kIndexBytes;
+  static constexpr int kStageBytes = kValueBytes + kIndexBytes + (kScaled ? kNmScaleBytes : 0);
   // One is multiplied; the others are 2.3, 1.9 and 1.9 KB on their way.
   static constexpr int kStages = kBits == 16 ? 3 : kBits == 8 ? 4 : 6;
   static constexpr int kSharedBytes = kNmFewWarps * kStages * kStageBytes;
   using Step = NmSparse<T>;
 
   OW_DEVICE NmSparseStream(const NmGemmArgs& a, int64_t panel, int lane)
-      : lane_(lane), values_(nm_unit_values(a, panel, 0)), index_(nm_unit_index(a, panel, 0)) {
+      : lane_(lane),
+        panel_(panel),
+        values_(nm_unit_values(a, panel, 0)),
+        index_(nm_unit_index(a, panel, 0)) {
     ring_ = dynamic_shared() + int(threadIdx.x) / kWarp * kStages * kStageBytes;
     index_bytes_ = int(nm_unit_index_bytes(4, a.vector));
   }
 
-  OW_DEVICE void begin(int tile, int tiles) {
+  OW_DEVICE void begin(const NmGemmArgs& a, int tile, int tiles) {
     OW_NO_UNROLL
-    for (int s = 0; s < kStages - 1; ++s) request(s, tile + s * kNmFewWarps, tiles);
+    for (int s = 0; s < kStages - 1; ++s) request(a, s, tile + s * kNmFewWarps, tiles);
   }
   OW_DEVICE void take(const NmGemmArgs& a, int tile, int tiles) {
     ptx::cp_async_wait_group<kStages - 2>();
     __syncwarp();  // the tile is there, and the one before is read
-    request(stage_ == 0 ? kStages - 1 : stage_ - 1, tile + (kStages - 1) * kNmFewWarps, tiles);
+    request(a, stage_ == 0 ? kStages - 1 : stage_ - 1, tile + (kStages - 1) * kNmFewWarps, tiles);
     staged_ = ring_ + stage_ * kStageBytes;
     stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
     NmKept kept;
@@ -58,10 +61,13 @@ class NmSparseStream {
     words.decode(lane_, to.a);
     to.metadata = metadata_;
   }
+  OW_DEVICE void scales(const NmGemmArgs& a, int, int step, float (&scales)[2]) const {
+    staged_scales(a, staged_ + kValueBytes + kIndexBytes, step, lane_, scales);
+  }
 
  private:
   // Starts copies of a tile, if there is one.
-  OW_DEVICE void request(int stage, int tile, int tiles) {
+  OW_DEVICE void request(const NmGemmArgs& a, int stage, int tile, int tiles) {
     if (tile < tiles) {
       uint8_t* to = ring_ + stage * kStageBytes;
       const uint8_t* values = values_ + int64_t(tile) * kValueBytes;
@@ -74,11 +80,13 @@ class NmSparseStream {
         ptx::cp_async_ca_4(to + kValueBytes + lane_ * 4,
                            index_ + int64_t(tile) * index_bytes_ + lane_ * 4, 4);
       }
+      if (kScaled) stage_scales(a, panel_, tile, lane_, to + kValueBytes + kIndexBytes);
     }
     ptx::cp_async_commit_group();
   }
 
   int lane_, index_bytes_;
+  int64_t panel_;
   const uint8_t* values_;
   const uint8_t* index_;
   uint8_t* ring_;
@@ -103,7 +111,7 @@ class NmDenseStream {
         panel_(panel),
         rows_(reinterpret_cast<T*>(dynamic_shared()) + int(threadIdx.x) / kWarp * kElements) {}
 
-  OW_DEVICE void begin(int, int) {}
+  OW_DEVICE void begin(const NmGemmArgs&, int, int) {}
   OW_DEVICE void take(const NmGemmArgs& a, int tile, int) {
     __syncwarp();  // the tile before is read
     expand_tile<T, kPieces, 1>(a, panel_, tile * kNmTile, rows_, lane_, kWarp,
@@ -111,6 +119,10 @@ class NmDenseStream {
   }
   OW_DEVICE void load(int step, Step& to) const {
     load_dense(to, rows_, int(kNmPanel) * kNmRow, step, lane_);
+  }
+  // Of the group of a step, which is step `step` of its tile.
+  OW_DEVICE void scales(const NmGemmArgs& a, int group, int, float (&scales)[2]) const {
+    load_scales(a, panel_, group, lane_, scales);
   }
 
  private:
@@ -169,7 +181,7 @@ __global__ void __launch_bounds__(kNmFewThreads, Stream::kBlocks)
   Stream weights(a, panel, lane);
   float d[kNmFewRows / 8][4] = {};
   float total[kNmFewRows / 8][4] = {};
-  weights.begin(warp, tiles);
+  weights.begin(a, warp, tiles);
   for (int tile = warp; tile < tiles; tile += kNmFewWarps) {
     weights.take(a, tile, tiles);
     OW_UNROLL
@@ -192,7 +204,7 @@ __global__ void __launch_bounds__(kNmFewThreads, Stream::kBlocks)
       }
       if (Stream::kScaled && (column + kNmStep) % span == 0) {
         float scales[2];
-        load_scales(a, panel, column / int(a.group_size), lane, scales);
+        weights.scales(a, column / int(a.group_size), step, scales);
         for (int eight = 0; eight < kNmFewRows / 8; ++eight) fold(d[eight], total[eight], scales);
       }
     }

@@ -28,7 +28,8 @@ class NmSparseTiles {
   static constexpr bool kScaled = kBits <= 8;
   static constexpr int kValueBytes = int(kNmUnit * kNmPanel) * kBits / 8;  // of a panel
   static constexpr int kIndexBytes = 128;                                  // where V is 1
-  static constexpr int kStageBytes = kNmPanels * (kValueBytes + kIndexBytes);
+  static constexpr int kScaleBytes = kScaled ? kNmScaleBytes : 0;
+  static constexpr int kStageBytes = kNmPanels * (kValueBytes + kIndexBytes + kScaleBytes);
   static constexpr int kExpandedBytes = 0;
   using Step = NmSparse<T>;
 
@@ -48,16 +49,22 @@ class NmSparseTiles {
       ptx::cp_async_cg_16(to + i / kChunks * kValueBytes + nm_swizzled(at),
                           nm_unit_values(a, inside ? panel : 0, tile) + at, inside ? kChunk : 0);
     }
-    static_assert(kNmPanels * kIndexBytes / 4 == kNmManyThreads);
-    const int panel = first_ + int(threadIdx.x) / (kIndexBytes / 4);
-    const int at = int(threadIdx.x) % (kIndexBytes / 4) * 4;
-    const bool inside = panel < panels && at < nm_unit_index_bytes(4, a.vector);
+    // A warp a panel.
+    static_assert(kNmPanels * kWarp == kNmManyThreads && kIndexBytes == kWarp * 4);
+    const int panel = first_ + int(threadIdx.x) / kWarp;
+    const int lane = int(threadIdx.x) % kWarp;
+    const bool inside = panel < panels && lane * 4 < nm_unit_index_bytes(4, a.vector);
     ptx::cp_async_ca_4(to + kNmPanels * kValueBytes + threadIdx.x * 4,
-                       nm_unit_index(a, inside ? panel : 0, tile) + (inside ? at : 0),
+                       nm_unit_index(a, inside ? panel : 0, tile) + (inside ? lane * 4 : 0),
                        inside ? 4 : 0);
+    if (kScaled && panel < panels) {
+      uint8_t* scales = to + kNmPanels * (kValueBytes + kIndexBytes);
+      stage_scales(a, panel, tile, lane, scales + (panel - first_) * kScaleBytes);
+    }
   }
   OW_DEVICE void take(const NmGemmArgs& a, int, const uint8_t* staged) {
     staged_ = staged + own_ * kValueBytes;
+    scales_ = staged + kNmPanels * (kValueBytes + kIndexBytes) + own_ * kScaleBytes;
     const uint8_t* index = staged + kNmPanels * kValueBytes + own_ * kIndexBytes;
     const int lane = int(threadIdx.x) % kWarp;
     OW_UNROLL
@@ -74,10 +81,14 @@ class NmSparseTiles {
     words.decode(lane, to.a);
     to.metadata = metadata_[i];
   }
+  OW_DEVICE void scales(const NmGemmArgs& a, int i, int, int step, float (&scales)[2]) const {
+    staged_scales(a, scales_ + i * kScaleBytes, step, int(threadIdx.x) % kWarp, scales);
+  }
 
  private:
   int first_, own_;
   const uint8_t* staged_ = nullptr;
+  const uint8_t* scales_ = nullptr;
   uint32_t metadata_[kNmWarpPanels];
 };
 
@@ -103,6 +114,10 @@ class NmDenseTiles {
   OW_DEVICE void load(int i, int step, Step& to) const {
     load_dense(to, rows_ + (own_ + i) * int(kNmPanel) * kNmRow, kNmOutputs * kNmRow, step,
                int(threadIdx.x) % kWarp);
+  }
+  // Of the group of a step, which is step `step` of its tile.
+  OW_DEVICE void scales(const NmGemmArgs& a, int i, int group, int, float (&scales)[2]) const {
+    load_scales(a, first_ + own_ + i, group, int(threadIdx.x) % kWarp, scales);
   }
 
  private:
@@ -187,13 +202,13 @@ struct NmManySums {
     }
   }
 
-  // Scales what was summed of group g.
-  OW_DEVICE void fold_group(const NmGemmArgs& a, int panel, int g, int lane) {
+  // Scales what was summed of group g, which ends with a step.
+  OW_DEVICE void fold_group(const NmGemmArgs& a, const Tiles& weights, int panel, int g, int step) {
     OW_UNROLL
     for (int i = 0; i < kNmWarpPanels; ++i) {
       if ((panel + i) * kNmPanel >= a.n) continue;
       float scales[2];
-      load_scales(a, panel + i, g, lane, scales);
+      weights.scales(a, i, g, step, scales);
       OW_UNROLL
       for (int eight = 0; eight < Shape::kEights; ++eight) {
         fold(d[i][eight], total[i][eight], scales);
@@ -278,13 +293,13 @@ __global__ void __launch_bounds__(kNmManyThreads, (NmManyShape<Tiles, kXPieces>:
     for (int step = 0; step < 2; ++step) {
       sums.add(weights, rows, tokens - own_token, step, lane);
       if (Tiles::kScaled && tile * kNmTile + (step + 1) * kNmStep == end) {
-        sums.fold_group(a, panel, g, lane);
+        sums.fold_group(a, weights, panel, g, step);
         end += span;
         if (a.groups > 1) ++g;
       }
     }
   }
-  if (Tiles::kScaled) sums.fold_group(a, panel, g, lane);
+  if (Tiles::kScaled) sums.fold_group(a, weights, panel, g, 1);
 
   ptx::cp_async_wait_group<0>();
   __syncthreads();  // the last tile is read

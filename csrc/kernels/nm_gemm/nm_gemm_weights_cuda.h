@@ -241,6 +241,29 @@ OW_DEVICE void load_scales(const NmGemmArgs& a, int64_t panel, int g, int lane,
   }
 }
 
+// Scales are needed at the end of a group; where the weight streams, they come beside it. A tile
+// has those of the group it begins in, and of the next if groups are half a tile.
+constexpr int kNmScaleBytes = 2 * int(kNmPanel) * 4;
+
+// Starts copies of a panel's, by a warp.
+OW_DEVICE void stage_scales(const NmGemmArgs& a, int64_t panel, int tile, int lane, uint8_t* to) {
+  const int words = int(kNmPanel * float_size(a.scales_type)) / 4;  // of a group
+  if (lane >= (a.group_size < kNmTile ? 2 : 1) * words) return;
+  const int group = tile * kNmTile / int(a.group_size) + lane / words;
+  const int64_t word = (panel * a.groups + min_of(group, a.groups - 1)) * words + lane % words;
+  ptx::cp_async_ca_4(to + lane * 4, static_cast<const uint32_t*>(a.scales) + word, 4);
+}
+// Of outputs row and row + 8, as load_scales, for a step of the tile.
+OW_DEVICE void staged_scales(const NmGemmArgs& a, const uint8_t* staged, int step, int lane,
+                             float (&scales)[2]) {
+  const int first = a.group_size < kNmTile ? step * int(kNmPanel) : 0;
+  OW_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = fragments::d_m16n8(lane, 2 * half).row;
+    scales[half] = read_float(staged, a.scales_type, first + row);
+  }
+}
+
 // Adds the sums of a group's part to the totals, and begins anew.
 OW_DEVICE void fold(float (&d)[4], float (&total)[4], const float (&scales)[2]) {
   OW_UNROLL

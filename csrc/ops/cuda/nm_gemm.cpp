@@ -21,6 +21,7 @@ Tensor nm_linear(const Tensor& x, const Tensor& values, const Tensor& index,
   const auto multiply = [&](NmGemmArgs& args) {
     check_aligned(kOp, "values", values);
     check_aligned(kOp, "index", index);
+    if (scales.has_value()) check_aligned(kOp, "scales", *scales);
     const Device device(kOp, "x", x);
     // Given back when this returns, to the stream that the kernels run on.
     std::optional<Tensor> codes, scales_of_rows, laid;
