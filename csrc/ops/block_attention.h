@@ -119,7 +119,7 @@ inline void run_block_attention(BlockAttentionArgs* args) {
                             Scratch::bytes_for(plan.partial_score_count * 4) +
                             plan.tasks * plan.scratch_bytes);
   Scratch scratch = workspace.scratch();
-  args->packed = scratch.take<uint8_t>(plan.packed_bytes);
+  if (plan.packed_bytes > 0) args->packed = scratch.take<uint8_t>(plan.packed_bytes);
   args->packed_unit_bytes = plan.packed_unit_bytes;
   float* partial =
       args->scores == nullptr ? nullptr : scratch.take<float>(plan.partial_score_count);
