@@ -1,4 +1,4 @@
-"""Causal attention of a whole sequence over the key blocks of a random index, and its gradients."""
+"""Causal attention of a sequence over the key blocks of a random index, and its gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from torch import Tensor
 
 from bench.problem import Conditions
 from openwork import BlockIndex
-from openwork.testing.block_attention import (
-    WORKLOAD_BLOCK,
-    block_attention_reference,
-    make_index,
-    make_operands,
-)
+from openwork.testing.attention_workloads import WORKLOAD_BLOCK, make_index, make_operands
+from openwork.testing.block_attention import block_attention_reference
 from openwork.testing.block_attention_train import backward_reference, workload_gradient
 
 
@@ -27,10 +23,11 @@ class BlockAttentionProblem(Conditions):
     """What the workload of the same parameters computes.
 
     Attributes:
-        keys: tokens, each a query and a key.
+        keys: tokens.
         h, kv_heads, d: query heads, key heads, dimensions of a head.
         dtype: name of torch's.
         density: share of the key blocks, at or before those of the queries, that are listed.
+        queries: of the last tokens; None: of all.
     """
 
     keys: int
@@ -39,11 +36,13 @@ class BlockAttentionProblem(Conditions):
     d: int
     dtype: str
     density: float
+    queries: int | None = None
 
     @cached_property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q ``[1, keys, h, d]``, k and v ``[1, keys, kv_heads, d]``."""
-        shape = (1, self.keys, self.keys, self.h, self.kv_heads, self.d, self.d)
+        """q ``[1, queries, h, d]``, k and v ``[1, keys, kv_heads, d]``."""
+        queries = self.queries or self.keys
+        shape = (1, queries, self.keys, self.h, self.kv_heads, self.d, self.d)
         return make_operands(*shape, getattr(torch, self.dtype))
 
     @cached_property
@@ -56,7 +55,7 @@ class BlockAttentionProblem(Conditions):
 
     @cached_property
     def reference(self) -> NDArray[np.float64]:
-        """``[1, keys, h, d]`` float64."""
+        """``[1, queries, h, d]`` float64."""
         y: NDArray[np.float64] = block_attention_reference(*self.operands, self.index)[0].numpy()
         return y
 

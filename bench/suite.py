@@ -158,7 +158,7 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "paged_attention": (AttentionProblem, ("b", "t", "h", "kv_heads", "d", "keys", "dtype")),
     "block_attention": (
         BlockAttentionProblem,
-        ("keys", "h", "kv_heads", "d", "dtype", "density"),
+        ("keys", "h", "kv_heads", "d", "dtype", "density", "queries"),
     ),
     "hadamard": (HadamardProblem, ("m", "d", "block", "dtype")),
     "block_attention_backward": (
@@ -174,7 +174,7 @@ def _problem(item: Item, settings: Settings, floor: float) -> AnyProblem:
     kinds = PROBLEMS if settings.device is HOST else GPU_PROBLEMS
     kind, names = kinds[item.case.name]
     problem: AnyProblem = kind(
-        **{name: item.params[name] for name in names},
+        **{name: item.params[name] for name in names if name in item.params},
         threads=settings.threads,
         cold_bytes=0 if item.params.get("hot", False) else settings.cold_bytes,
         batch=math.ceil(MIN_SAMPLE_SECONDS / floor),

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,8 @@ def test_every_competitor_attends_to_blocks(competitor: Competitor, density: flo
         keys=200, h=4, kv_heads=2, d=16, dtype="float32", density=density, threads=1, cold_bytes=0
     )
     check_variants(competitor, problem)
+    chunk = replace(problem, density=1.0, queries=7, cold_bytes=100_000)
+    check_variants(competitor, chunk)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

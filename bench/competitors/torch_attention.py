@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.attention_problem import BlockAttentionProblem
 from bench.problem import Competitor, Prepared, Variant
-from openwork.testing.block_attention import WORKLOAD_BLOCK
+from openwork.testing.attention_workloads import WORKLOAD_BLOCK
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -22,24 +22,35 @@ def _prepare(problem: BlockAttentionProblem, make: Callable[[], Attend], repeat:
     if repeat:
         k, v = (x.repeat_interleave(problem.h // problem.kv_heads, dim=1) for x in (k, v))
     attend = make()
+    groups, calls = problem.plan(k.nbytes + v.nbytes)
+    pairs = [(k.clone(), v.clone()) for _ in range(groups * calls)]
     result: list[Tensor] = [torch.empty(0)]
 
     def run(group: int) -> None:
-        result[0] = attend(q, k, v)
+        for keys, values in pairs[group * calls : (group + 1) * calls]:
+            result[0] = attend(q, keys, values)
 
     return Prepared(
         run=run,
-        groups=1,
-        calls=1,
+        groups=groups,
+        calls=calls,
         weight_bytes=k.nbytes + v.nbytes,
         output=lambda: result[0].transpose(1, 2).float().numpy(),
     )
 
 
-def _sdpa() -> Attend:
-    return lambda q, k, v: scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
+def _sdpa(problem: BlockAttentionProblem) -> Attend:
+    mask: Tensor | None = None
+    if problem.queries is not None:  # the first one sees more than the one key of torch's own mask
+        mask = torch.ones(problem.queries, problem.keys, dtype=torch.bool)
+        mask = mask.tril(problem.keys - problem.queries)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return attend
 
 
 def _sdpa_variants(problem: BlockAttentionProblem) -> list[Variant]:
@@ -47,7 +58,7 @@ def _sdpa_variants(problem: BlockAttentionProblem) -> list[Variant]:
         return []
     bits = torch.finfo(problem.operands[0].dtype).bits
     return [
-        Variant(name, bits, partial(_prepare, problem, _sdpa, repeat))
+        Variant(name, bits, partial(_prepare, problem, partial(_sdpa, problem), repeat))
         for name, repeat in (("heads share keys", False), ("keys repeated", True))
     ]
 
@@ -91,6 +102,8 @@ def _flex(problem: BlockAttentionProblem) -> Attend:
 
 
 def _flex_variants(problem: BlockAttentionProblem) -> list[Variant]:
+    if problem.queries is not None:
+        return []
     bits = torch.finfo(problem.operands[0].dtype).bits
     name = f"compiled, blocks of {WORKLOAD_BLOCK}"
     return [Variant(name, bits, partial(_prepare, problem, partial(_flex, problem), False))]

@@ -9,21 +9,9 @@ namespace {
 
 constexpr const char* kOp = "block_attention";
 
-std::tuple<Tensor, Tensor, Tensor> block_attention_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& indptr,
-    const std::optional<Tensor>& indices, const std::optional<Tensor>& column_indptr,
-    const std::optional<Tensor>& columns, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& score_rows,
-    int64_t block_m, int64_t block_n, bool causal, int64_t window, int64_t sinks,
-    int64_t min_distance, std::optional<double> scale) {
-  const AttentionInputs inputs{
-      q,
-      k,
-      v,
-      {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
-      or_null(cu_seqlens_q),
-      or_null(cu_seqlens_k),
-      {block_m, block_n, causal, window, sinks, min_distance, scale}};
+std::tuple<Tensor, Tensor, Tensor> block_attention_op(OW_ATTENTION_PARAMETERS,
+                                                      const std::optional<Tensor>& score_rows) {
+  const AttentionInputs inputs = OW_ATTENTION_INPUTS;
   check_attention(kOp, inputs);
   const int64_t b = q.size(0);
   const int64_t sq = q.size(1);
@@ -53,11 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_op(
 }  // namespace ow
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
-  m.def(
-      "block_attention(Tensor q, Tensor k, Tensor v, Tensor? indptr, Tensor? indices, "
-      "Tensor? column_indptr, Tensor? columns, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "Tensor? score_rows, int block_m, int block_n, bool causal, int window, int sinks, "
-      "int min_distance, float? scale) -> (Tensor o, Tensor lse, Tensor scores)");
+  m.def("block_attention(" OW_ATTENTION_SCHEMA
+        ", Tensor? score_rows) -> (Tensor o, Tensor lse, Tensor scores)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openwork, CPU, m) {

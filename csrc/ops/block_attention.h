@@ -30,6 +30,25 @@ struct AttentionInputs {
   float scale() const { return float(options.scale.value_or(1.0 / std::sqrt(double(q.size(3))))); }
 };
 
+// Arguments that the operators share: in their schemas, in the functions behind them, and together.
+#define OW_ATTENTION_SCHEMA                                                                 \
+  "Tensor q, Tensor k, Tensor v, Tensor? indptr, Tensor? indices, Tensor? column_indptr, "  \
+  "Tensor? columns, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int block_m, int block_n, " \
+  "bool causal, int window, int sinks, int min_distance, float? scale"
+#define OW_ATTENTION_PARAMETERS                                                                \
+  const Tensor &q, const Tensor &k, const Tensor &v, const std::optional<Tensor>&indptr,       \
+      const std::optional<Tensor>&indices, const std::optional<Tensor>&column_indptr,          \
+      const std::optional<Tensor>&columns, const std::optional<Tensor>&cu_seqlens_q,           \
+      const std::optional<Tensor>&cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal, \
+      int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale
+#define OW_ATTENTION_INPUTS                                                                 \
+  AttentionInputs {                                                                         \
+    q, k, v, {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)}, \
+        or_null(cu_seqlens_q), or_null(cu_seqlens_k), {                                     \
+      block_m, block_n, causal, window, sinks, min_distance, scale                          \
+    }                                                                                       \
+  }
+
 inline void check_values_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dtype(op, "v", v, q.scalar_type());
   OW_CHECK(v.dim() == 4 && v.size(3) >= 1, op,
@@ -119,7 +138,7 @@ inline void run_block_attention(BlockAttentionArgs* args) {
                             Scratch::bytes_for(plan.partial_score_count * 4) +
                             plan.tasks * plan.scratch_bytes);
   Scratch scratch = workspace.scratch();
-  args->packed = scratch.take<uint8_t>(plan.packed_bytes);
+  if (plan.packed_bytes > 0) args->packed = scratch.take<uint8_t>(plan.packed_bytes);
   args->packed_unit_bytes = plan.packed_unit_bytes;
   float* partial =
       args->scores == nullptr ? nullptr : scratch.take<float>(plan.partial_score_count);

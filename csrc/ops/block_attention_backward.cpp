@@ -5,21 +5,9 @@
 namespace ow {
 namespace {
 
-std::tuple<Tensor, Tensor> block_attention_train(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& indptr,
-    const std::optional<Tensor>& indices, const std::optional<Tensor>& column_indptr,
-    const std::optional<Tensor>& columns, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal,
-    int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale) {
+std::tuple<Tensor, Tensor> block_attention_train(OW_ATTENTION_PARAMETERS) {
   constexpr const char* kOp = "block_attention_train";
-  const AttentionInputs inputs{
-      q,
-      k,
-      v,
-      {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
-      or_null(cu_seqlens_q),
-      or_null(cu_seqlens_k),
-      {block_m, block_n, causal, window, sinks, min_distance, scale}};
+  const AttentionInputs inputs = OW_ATTENTION_INPUTS;
   check_attention(kOp, inputs);
   AttentionCall call = attention_call(kOp, inputs);
   const int64_t b = q.size(0);
@@ -33,22 +21,12 @@ std::tuple<Tensor, Tensor> block_attention_train(
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_attention_backward_op(
-    const Tensor& grad_o_any, const Tensor& grad_lse_any, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& o, const Tensor& lse, const std::optional<Tensor>& indptr,
-    const std::optional<Tensor>& indices, const std::optional<Tensor>& column_indptr,
-    const std::optional<Tensor>& columns, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, int64_t block_m, int64_t block_n, bool causal,
-    int64_t window, int64_t sinks, int64_t min_distance, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> block_attention_backward_op(const Tensor& grad_o_any,
+                                                               const Tensor& grad_lse_any,
+                                                               const Tensor& o, const Tensor& lse,
+                                                               OW_ATTENTION_PARAMETERS) {
   constexpr const char* kOp = "block_attention_backward";
-  const AttentionInputs inputs{
-      q,
-      k,
-      v,
-      {or_null(indptr), or_null(indices), or_null(column_indptr), or_null(columns)},
-      or_null(cu_seqlens_q),
-      or_null(cu_seqlens_k),
-      {block_m, block_n, causal, window, sinks, min_distance, scale}};
+  const AttentionInputs inputs = OW_ATTENTION_INPUTS;
   check_attention(kOp, inputs);
   const int64_t b = q.size(0);
   const int64_t sq = q.size(1);
@@ -93,17 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_op(
 }  // namespace ow
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
+  m.def("block_attention_train(" OW_ATTENTION_SCHEMA ") -> (Tensor o, Tensor lse)");
   m.def(
-      "block_attention_train(Tensor q, Tensor k, Tensor v, Tensor? indptr, Tensor? indices, "
-      "Tensor? column_indptr, Tensor? columns, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "int block_m, int block_n, bool causal, int window, int sinks, int min_distance, "
-      "float? scale) -> (Tensor o, Tensor lse)");
-  m.def(
-      "block_attention_backward(Tensor grad_o, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
-      "Tensor o, Tensor lse, Tensor? indptr, Tensor? indices, Tensor? column_indptr, "
-      "Tensor? columns, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int block_m, int block_n, "
-      "bool causal, int window, int sinks, int min_distance, float? scale) -> "
-      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "block_attention_backward(Tensor grad_o, Tensor grad_lse, Tensor o, Tensor "
+      "lse, " OW_ATTENTION_SCHEMA ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openwork, CPU, m) {

@@ -81,6 +81,7 @@ inline std::tuple<Array<float>, Array<float>, Array<float>> block_attention_kern
   for (int64_t first = 0; first < sequence.queries; first += kQueryTile) {
     QueryTile tile{};
     tile.sequence = &sequence;
+    tile.heads = 1;
     tile.first = first;
     tile.count = min_of(kQueryTile, sequence.queries - first);
     if (blocks) tile.blocks = {blocks->data(), blocks->data() + blocks->size()};

@@ -44,9 +44,16 @@ void check_results(const char* name, const AttentionShape& s, const Attention& p
   CHECK(same, "%s: scores of %d queries, %d keys differ", name, int(s.queries), int(s.keys));
 }
 
+// How tiles are computed: over units that are laid out before, one head at a time, or by
+// themselves, the heads of a group together where that is possible.
+enum class Layout { shared, own };
+
 void check_kernels(const KernelEntry<const BlockAttentionKernels*>& entry, const AttentionShape& s,
-                   const Attention& p, Guarded* memory) {
+                   const Attention& p, Layout layout, Guarded* memory) {
   running = entry.name;
+  const int64_t group = s.heads / s.kv_heads;
+  const bool together =
+      layout == Layout::own && s.block_m == 0 && s.queries * group <= kQueryTile && group > 1;
   for (const Against side : kSides) {
     memory->restart(side);
     BlockAttentionArgs a = p.args;
@@ -61,22 +68,32 @@ void check_kernels(const KernelEntry<const BlockAttentionKernels*>& entry, const
     }
     a.packed_unit_bytes = entry.fn->packed_unit_bytes(a);
     const int64_t units = div_up(s.keys, kUnitKeys) * s.kv_heads;
-    a.packed = memory->empty<uint8_t>(size_t(units * a.packed_unit_bytes));
+    if (layout == Layout::shared) {
+      a.packed = memory->empty<uint8_t>(size_t(units * a.packed_unit_bytes));
+    }
     uint8_t* scratch = memory->empty<uint8_t>(size_t(round_up(entry.fn->scratch_bytes(a), 64)));
     a.o = memory->empty<uint8_t>(p.o.size() * size_t(float_size(a.type)));
     std::vector<float> lse(p.lse.size());
     std::vector<float> scores(p.scores.size(), 0.0f);
-    // In two calls, the later units first: a call must keep to its own.
-    entry.fn->pack(a, units / 2, units);
-    entry.fn->pack(a, 0, units / 2);
+    if (layout == Layout::shared) {
+      // In two calls, the later units first: a call must keep to its own.
+      entry.fn->pack(a, units / 2, units);
+      entry.fn->pack(a, 0, units / 2);
+    }
     each_tile(s, a, scores.data(), [&](QueryTile tile) {
+      if (together && tile.head % group != 0) return;
+      if (together) {
+        tile.heads = group;
+        tile.scores = nullptr;
+      }
       entry.fn->attend(a, tile, scratch);
-      for (int64_t i = 0; i < tile.count; ++i) {
+      for (int64_t i = 0; i < tile.heads * tile.count; ++i) {
         const float log2_sum = tile.m[i] + log2f(tile.l[i]);
-        lse[size_t((tile.first + i) * s.heads + tile.head)] =
+        lse[size_t((tile.first + i % tile.count) * s.heads + tile.head + i / tile.count)] =
             tile.l[i] == 0.0f ? -INFINITY : log2_sum * 0.693147181f;
       }
     });
+    if (together) std::copy(p.scores.begin(), p.scores.end(), scores.begin());
     check_results(entry.name, s, p, a.o, lse.data(), scores.data());
     CHECK(memory->intact(), "%s: wrote outside of its memory", entry.name);
   }
@@ -94,6 +111,7 @@ void check_driver() {
     }
     parts[1].unit = div_up(int64_t{100}, kUnitKeys);
     for (int tier = 0; tier <= int(detected_isa()); ++tier) {
+      // Without heads of a pass, tiles lay out keys and values for themselves.
       const auto run = [&](const Parallel& parallel, int64_t pass_heads = 2) {
         BlockAttentionArgs a = p.args;
         a.sequences = parts;
@@ -104,7 +122,8 @@ void check_driver() {
         a.index_heads = 1;
         a.score_rows = p.score_rows.data();
         BlockAttentionPlan plan = plan_block_attention(a, Isa(tier), parallel.threads);
-        plan.pass_heads = pass_heads;
+        plan.pass_heads = pass_heads > 0 ? pass_heads : 2;
+        plan.packed_bytes = plan.packed_unit_bytes * attention_units(a) * (pass_heads > 0);
         std::vector<float> results(size_t(200 * 4 * 33 + 4 * 200), 0.0f);
         a.o = results.data();
         a.lse = results.data() + 200 * 4 * 32;
@@ -113,9 +132,10 @@ void check_driver() {
         Bytes memory(size_t(plan.packed_bytes + plan.tasks * plan.scratch_bytes + 64),
                      Guarded::kPoison);
         const auto at = reinterpret_cast<uintptr_t>(memory.data());
-        a.packed = memory.data() + (64 - at % 64) % 64;
+        uint8_t* aligned = memory.data() + (64 - at % 64) % 64;
+        a.packed = pass_heads > 0 ? aligned : nullptr;
         a.packed_unit_bytes = plan.packed_unit_bytes;
-        block_attention(a, plan, a.packed + plan.packed_bytes, partial.data(), parallel);
+        block_attention(a, plan, aligned + plan.packed_bytes, partial.data(), parallel);
         return results;
       };
       const auto whole = run(serial_parallel());
@@ -123,8 +143,45 @@ void check_driver() {
         CHECK(run(reversed_parallel(threads)) == whole,
               "block_attention: %s: depends on %d threads", isa_name(Isa(tier)), int(threads));
       }
-      CHECK(run(serial_parallel(), 1) == whole,
-            "block_attention: %s: depends on the heads of a pass", isa_name(Isa(tier)));
+      for (const int64_t pass_heads : {0, 1}) {
+        CHECK(run(serial_parallel(), pass_heads) == whole,
+              "block_attention: %s: depends on the heads of a pass", isa_name(Isa(tier)));
+      }
+    }
+  }
+}
+
+// Few queries, whose heads share tiles, over keys that no other tile reads: the driver lays out
+// nothing, and with a window that hides most of them, either.
+void check_few_queries() {
+  for (const AttentionMask mask : {AttentionMask{true, 0, 0, 0}, AttentionMask{true, 30, 2, 1}}) {
+    const AttentionShape s{20, 200, 16, 4, 32, 40, mask, 0, 0};
+    for (const FloatType type : kTypes) {
+      const Attention p = make_attention(s, type);
+      for (int tier = 0; tier <= int(detected_isa()); ++tier) {
+        std::vector<float> before;
+        for (const int64_t threads : {1, 2, 7}) {
+          BlockAttentionArgs a = p.args;
+          a.sequences = &p.sequence;
+          a.q = p.q.data();
+          a.k = p.k.data();
+          a.v = p.v.data();
+          const Parallel parallel = reversed_parallel(threads);
+          const BlockAttentionPlan plan = plan_block_attention(a, Isa(tier), threads);
+          Bytes memory(size_t(plan.tasks * plan.scratch_bytes + 64), Guarded::kPoison);
+          const auto at = reinterpret_cast<uintptr_t>(memory.data());
+          std::vector<float> o(p.o.size()), lse(p.lse.size());
+          a.o = o.data();
+          a.lse = lse.data();
+          CHECK(plan.packed_bytes == 0, "block_attention: lays out keys that are read once");
+          block_attention(a, plan, memory.data() + (64 - at % 64) % 64, nullptr, parallel);
+          const std::vector<float> same(p.scores.begin(), p.scores.end());
+          check_results(isa_name(Isa(tier)), s, p, o.data(), lse.data(), same.data());
+          CHECK(before.empty() || before == lse, "block_attention: %s: depends on %d threads",
+                isa_name(Isa(tier)), int(threads));
+          before = lse;
+        }
+      }
     }
   }
 }
@@ -181,11 +238,14 @@ void check_block_attention(Guarded* memory) {
       const Attention p = make_attention(shape, type);
       for (const auto& entry : kAttention) {
         if (entry.isa > detected_isa() || entry.key != int32_t(type)) continue;
-        check_kernels(entry, shape, p, memory);
+        for (const Layout layout : {Layout::shared, Layout::own}) {
+          check_kernels(entry, shape, p, layout, memory);
+        }
       }
     }
   }
   check_driver();
+  check_few_queries();
   check_merges(memory);
 }
 

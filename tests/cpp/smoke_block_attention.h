@@ -24,6 +24,7 @@ constexpr AttentionShape kAttentionShapes[] = {
     {100, 131, 2, 1, 31, 16, {true, 0, 0, 0}, 32, 48},
     {100, 290, 2, 2, 64, 16, {true, 90, 70, 0}, 128, 16},
     {50, 161, 1, 1, 8, 130, {false, 0, 0, 0}, 16, 128},
+    {9, 150, 6, 2, 40, 24, {true, 20, 3, 2}, 0, 0},
 };
 
 // One sequence; operands end with the last element that may be read.
@@ -168,6 +169,7 @@ inline QueryTile tile_of(const AttentionShape& s, const BlockAttentionArgs& a, i
   QueryTile tile{};
   tile.sequence = a.sequences;
   tile.head = head;
+  tile.heads = 1;
   tile.first = first;
   tile.count = count;
   tile.scores = scores + head * s.keys;

@@ -15,8 +15,13 @@ constexpr KernelEntry<const BlockAttentionKernels*> kTable[] = {
 // Scores of a head are summed in this many parts, each by one task in order of the queries: enough
 // to share the work of few heads, and sums do not depend on the number of threads.
 constexpr int64_t kScoreParts = 4;
+// Tiles that are left, about, where heads share them.
+constexpr int64_t kLeastTiles = 8;
 // Multiply-adds below which another thread costs more than it saves (about 4 us).
 constexpr int64_t kWorkPerTask = 1 << 17;
+
+// Reads of each key, on average, up to which tiles lay out keys and values for themselves.
+constexpr int64_t kOwnReads = 3;
 
 // Keys and values laid out at a time, if there is work for all threads in that: they stay in the
 // last cache, and allocators give larger pieces back to the system, whose pages then are cleared
@@ -29,9 +34,20 @@ int64_t block_rows(const BlockAttentionArgs& a) {
 }
 int64_t tiles_in_block(const BlockAttentionArgs& a) { return div_up(block_rows(a), kQueryTile); }
 
-// Units of work: tiles [begin, end) of one head of a sequence.
+// Query heads of a key head whose queries share a tile, where they read the same keys and tiles of
+// one head would not be full. Not so many that few tiles are left to share out.
+int64_t heads_of_tile(const BlockAttentionArgs& a, int64_t sequence) {
+  if (a.score_rows != nullptr || a.index_heads > a.kv_heads) return 1;
+  const int64_t rows = min_of(min_of(block_rows(a), a.sequences[sequence].queries), kQueryTile);
+  const int64_t tiles = attention_tiles(a, sequence) * a.heads * a.sequence_count;
+  if (2 * rows > kQueryTile || tiles < 2 * kLeastTiles) return 1;
+  const int64_t group = a.heads / a.kv_heads;
+  return div_up(group, div_up(group, min_of(kQueryTile / rows, tiles / kLeastTiles)));
+}
+
+// Units of work: tiles [begin, end) of `heads` heads of a sequence, one after another.
 struct Part {
-  int64_t sequence, head, begin, end;
+  int64_t sequence, head, heads, begin, end;
 };
 
 // All parts of the key heads laid out: of each sequence, tiles of all heads one after another, or
@@ -49,29 +65,39 @@ class Parts {
       const int64_t tiles = attention_tiles(a_, s);
       if (a_.score_rows == nullptr) {
         // Heads of a token lie together: their tiles find the pages of q and o at hand.
+        const int64_t heads = heads_of_tile(a_, s);
         for (int64_t i = 0; i < tiles; ++i) {
-          for (int64_t head = begin; head < end; ++head) visit(Part{s, head, i, i + 1});
+          for (int64_t head = begin; head < end; head += heads_at(head, heads, group)) {
+            visit(Part{s, head, heads_at(head, heads, group), i, i + 1});
+          }
         }
         continue;
       }
       const int64_t parts = min_of(tiles, kScoreParts);
       for (int64_t head = begin; head < end; ++head) {
         for (int64_t i = 0; i < parts; ++i) {
-          visit(Part{s, head, tiles * i / parts, tiles * (i + 1) / parts});
+          visit(Part{s, head, 1, tiles * i / parts, tiles * (i + 1) / parts});
         }
       }
     }
   }
 
  private:
+  // `heads`, or as many as are left of the group.
+  static int64_t heads_at(int64_t head, int64_t heads, int64_t group) {
+    return min_of(heads, group - head % group);
+  }
+
   const BlockAttentionArgs& a_;
 };
 
-// Tile number `index` of a head; empty (count 0) where the last block of a sequence has fewer.
+// Tile number `index` of a part's heads; empty (count 0) where the last block of a sequence has
+// fewer.
 QueryTile tile_of(const BlockAttentionArgs& a, const Part& part, int64_t index) {
   QueryTile tile{};
   tile.sequence = &a.sequences[part.sequence];
   tile.head = part.head;
+  tile.heads = part.heads;
   const int64_t block = index / tiles_in_block(a);
   const int64_t in_block = index % tiles_in_block(a) * kQueryTile;
   tile.first = block * block_rows(a) + in_block;
@@ -125,15 +151,16 @@ void attend(const BlockAttentionArgs& a, const BlockAttentionKernels& kernels, c
   if (scores != nullptr) {
     std::memset(scores, 0, size_t(a.sequences[part.sequence].keys) * sizeof(float));
   }
-  for (int64_t i = part.begin; i < part.end; ++i) {
-    QueryTile tile = tile_of(a, part, i);
+  for (int64_t index = part.begin; index < part.end; ++index) {
+    QueryTile tile = tile_of(a, part, index);
     if (tile.count == 0) continue;
     if (scores != nullptr && any_score_row(a, tile)) tile.scores = scores;
     kernels.attend(a, tile, scratch);
-    float* lse = a.lse + (tile.sequence->row + tile.first) * a.heads + tile.head;
-    for (int64_t r = 0; r < tile.count; ++r) {
+    for (int64_t i = 0; i < tile.heads * tile.count; ++i) {
       constexpr float kLn2 = 0.693147181f;
-      lse[r * a.heads] = tile.l[r] == 0.0f ? -INFINITY : (tile.m[r] + std::log2(tile.l[r])) * kLn2;
+      const int64_t row = tile.sequence->row + tile.first + i % tile.count;
+      a.lse[row * a.heads + tile.head + i / tile.count] =
+          tile.l[i] == 0.0f ? -INFINITY : (tile.m[i] + std::log2(tile.l[i])) * kLn2;
     }
   }
 }
@@ -152,9 +179,11 @@ void sum_scores(const BlockAttentionArgs& a, const float* partial) {
 void attend_heads(const BlockAttentionArgs& args, const BlockAttentionPlan& plan, uint8_t* scratch,
                   float* partial_scores, const Parallel& parallel) {
   const int64_t units = all_units(args);
-  parallel.for_each(plan.tasks, [&](int64_t task) {
-    plan.kernels->pack(args, units * task / plan.tasks, units * (task + 1) / plan.tasks);
-  });
+  if (args.packed != nullptr) {
+    parallel.for_each(plan.tasks, [&](int64_t task) {
+      plan.kernels->pack(args, units * task / plan.tasks, units * (task + 1) / plan.tasks);
+    });
+  }
   int64_t total = 0;
   Parts(args).each([&](const Part& part) { total += cost_of(args, part); });
   // A part belongs to the task in whose share of the cost its middle is.
@@ -190,9 +219,12 @@ BlockAttentionPlan plan_block_attention(const BlockAttentionArgs& args, Isa isa,
   });
   const int64_t work = cost * kQueryTile * (args.d + args.dv);
   plan.tasks = min_of(min_of(threads, parts), div_up(work, kWorkPerTask));
+  plan.pass_heads = args.kv_heads;
+  plan.partial_score_count = scores;
+  if (cost - parts * kUnitKeys <= kOwnReads * all_units(args) * kUnitKeys) return plan;
   const int64_t all_bytes = plan.packed_unit_bytes * all_units(args);
   const int64_t passes = min_of(div_up(all_bytes, kPassBytes), parts / (2 * plan.tasks));
-  plan.pass_heads = passes > 1 ? div_up(args.kv_heads, passes) : args.kv_heads;
+  if (passes > 1) plan.pass_heads = div_up(args.kv_heads, passes);
   plan.packed_bytes = all_bytes / args.kv_heads * plan.pass_heads;
   plan.partial_score_count = scores / args.kv_heads * plan.pass_heads;
   return plan;
@@ -214,7 +246,7 @@ int64_t attention_tiles(const BlockAttentionArgs& a, int64_t sequence) {
 
 QueryTile attention_tile(const BlockAttentionArgs& a, int64_t sequence, int64_t head,
                          int64_t index) {
-  return tile_of(a, Part{sequence, head, 0, 0}, index);
+  return tile_of(a, Part{sequence, head, 1, 0, 0}, index);
 }
 
 int64_t attention_tile_cost(const BlockAttentionArgs& a, const QueryTile& tile) {

@@ -22,9 +22,13 @@
 //
 // so that the maximum and the sum over keys need no exchange between lanes, and both products read
 // their left side along its rows. K and V^T are laid out once for each key head, in units of
-// kUnitKeys keys, and serve all of its query heads and blocks. Weights are e^(s - m), with m a
-// maximum of the row so far; m moves only when a score exceeds it by kSlack (in powers of two),
-// and the output is rescaled only then. Sums are fp32; the tiers for bf16 round weights to bf16.
+// kUnitKeys keys, and serve all of its query heads and blocks; or, where few tiles read a key (the
+// last queries of a long sequence, a narrow window), each tile lays out what it reads. Heads of a
+// group share a tile where one head would not fill it.
+//
+// Weights are e^(s - m), with m a maximum of the row so far; m moves only when a score exceeds it by
+// kSlack (in powers of two), and the output is rescaled only then. Sums are fp32; the tiers for bf16
+// round weights to bf16.
 //
 // Column sums need the last lse: the weights of a tile are kept, times e^(m - lse) of their time.
 #pragma once
@@ -85,7 +89,8 @@ struct BlockAttentionArgs {
   const uint8_t* score_rows;  // [rows]: which count in `scores`; null: none
   float* scores;              // added to: c of a sequence's head h at scores + h * score_stride
   int64_t score_stride;
-  // K and V^T: of each sequence, key head kv_begin .. kv_end - 1, unit.
+  // K and V^T: of each sequence, key head kv_begin .. kv_end - 1, unit. Null: each tile lays out
+  // the units it reads.
   uint8_t* packed;
   int64_t packed_unit_bytes;
   int64_t kv_begin, kv_end;
@@ -96,13 +101,14 @@ struct KeyList {
   const int32_t* end;
 };
 
-// Queries first .. first + count - 1 of a sequence, one head.
+// Queries first .. first + count - 1 of a sequence, of heads head .. head + heads - 1, which read
+// the same keys: row i of head number h is in lane h * count + i.
 struct QueryTile {
   const AttentionSequence* sequence;
-  int64_t head, first, count;
+  int64_t head, heads, first, count;
   KeyList blocks, columns;
-  float* scores;  // [keys], added to; null without
-  // Of each query: m, in powers of two, and the sum of e^(s - m), 0 where there is no key.
+  float* scores;  // [keys], added to; null without, and for several heads
+  // Of each lane: m, in powers of two, and the sum of e^(s - m), 0 where there is no key.
   float m[kQueryTile];
   float l[kQueryTile];
 };
@@ -139,7 +145,8 @@ struct BlockAttentionPlan {
   const BlockAttentionKernels* kernels;
   int64_t tasks;
   int64_t pass_heads;  // key heads laid out at a time
-  int64_t packed_unit_bytes, packed_bytes;
+  int64_t packed_unit_bytes;
+  int64_t packed_bytes;         // 0: `packed` must be null
   int64_t scratch_bytes;        // of one task
   int64_t partial_score_count;  // floats
 };

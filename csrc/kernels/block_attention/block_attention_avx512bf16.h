@@ -81,7 +81,7 @@ struct Bf16Operands {
 
   // Dimensions are paired before they are transposed, 32 at a time.
   static void write_outputs(const float* o, VecF inverse, int64_t count, FloatType, int64_t dv,
-                            uint8_t* out, int64_t stride) {
+                            void* const* out) {
     for (int64_t c = 0; c < dv; c += 32) {
       VecF pairs[kLanes];
       for (int64_t p = 0; p < kLanes; ++p) {
@@ -94,8 +94,7 @@ struct Bf16Operands {
       transpose(pairs);
       const __mmask32 mask = dv - c >= 32 ? ~0u : (1u << (dv - c)) - 1;
       for (int64_t r = 0; r < min_of(kLanes, count); ++r) {
-        bf16* row = reinterpret_cast<bf16*>(out) + r * stride + c;
-        _mm512_mask_storeu_epi16(row, mask, as_int(pairs[r]).v);
+        _mm512_mask_storeu_epi16(static_cast<bf16*>(out[r]) + c, mask, as_int(pairs[r]).v);
       }
     }
   }

@@ -232,7 +232,7 @@ class Backward {
     float* grad_p =
         BackwardMemory<E>::kSharesProducts ? reinterpret_cast<float*>(pairs_of(u)) : memory_.grad_p;
     multiply(operands_[u], layout_.d, memory_.q, scores);
-    if (!sight_.is_full(unit)) hide(sight_, unit, queries_, scores);
+    if (!sight_.is_full(unit)) hide(sight_, unit, 1, scores);
     multiply(operands_[u] + layout_.values(), layout_.dv, memory_.grad_o, grad_p);
     const VecF scale = set1(scale_);
     for (int64_t i = 0; i < queries_; i += kLanes) {

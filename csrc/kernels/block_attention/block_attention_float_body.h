@@ -67,21 +67,20 @@ struct FloatEngine {
   }
 
   template <class T>
-  static void write_rows(const float* o, VecF inverse, int64_t count, int64_t dv, T* out,
-                         int64_t stride) {
+  static void write_rows(const float* o, VecF inverse, int64_t count, int64_t dv,
+                         void* const* out) {
     for (int64_t c = 0; c < dv; c += kLanes) {
       VecF rows[kLanes];
       for (int64_t r = 0; r < kLanes; ++r) rows[r] = mul(load(o + (c + r) * kQueryTile), inverse);
       transpose(rows);
       for (int64_t r = 0; r < min_of(kLanes, count); ++r) {
-        store_n(out + r * stride + c, rows[r], dv - c);
+        store_n(static_cast<T*>(out[r]) + c, rows[r], dv - c);
       }
     }
   }
   static void write_outputs(const float* o, VecF inverse, int64_t count, FloatType type, int64_t dv,
-                            uint8_t* out, int64_t stride) {
-    by_type(type, static_cast<void*>(out),
-            [&](auto* row) { write_rows(o, inverse, count, dv, row, stride); });
+                            void* const* out) {
+    by_type(type, out[0], [&]<class T>(T*) { write_rows<T>(o, inverse, count, dv, out); });
   }
 
   OW_INLINE VecF exp2(VecF x) { return exp2_(x); }

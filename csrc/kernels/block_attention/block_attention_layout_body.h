@@ -44,13 +44,13 @@ struct Memory {
   using Element = typename E::Element;
   static constexpr bool kSharesScores = sizeof(Element) == sizeof(float);
 
-  Element* q;        // Q^T
-  float* o;          // o^T [dv, 64]
-  float* scores;     // [keys of a unit, 64]
-  Element* weights;  // of each unit: [32, 64]
-  Unit* units;
-  float* maxima;      // m of each unit: [64]
-  Element* gathered;  // units of single keys
+  Element* q;         // Q^T
+  float* o;           // o^T [dv, 64]
+  float* scores;      // [keys of a unit, 64]
+  Element* weights;   // of each unit: [32, 64]
+  Unit* units;        // where column sums are asked for, and
+  float* maxima;      // m of each: [64]
+  Element* gathered;  // units of single keys, and those not laid out before
   int64_t bytes;
 
   Memory(const BlockAttentionArgs& a, uint8_t* base) {
@@ -76,11 +76,10 @@ struct Memory {
     weights =
         reinterpret_cast<Element*>(take(count * kUnitKeys * kQueryTile * int64_t(sizeof(Element))));
     scores = kSharesScores ? nullptr : reinterpret_cast<float*>(take(kUnitKeys * kQueryTile * 4));
-    // One more: at the end the walk looks for a unit that is not there.
-    units = reinterpret_cast<Unit*>(take((count + 1) * int64_t(sizeof(Unit))));
-    maxima = reinterpret_cast<float*>(take(a.score_rows == nullptr ? 0 : count * kQueryTile * 4));
-    gathered = reinterpret_cast<Element*>(
-        take(a.columns.indptr == nullptr ? 0 : E::kTileUnits * layout.unit_bytes()));
+    const int64_t kept = a.score_rows == nullptr ? 0 : count;
+    units = reinterpret_cast<Unit*>(take(kept * int64_t(sizeof(Unit))));
+    maxima = reinterpret_cast<float*>(take(kept * kQueryTile * 4));
+    gathered = reinterpret_cast<Element*>(take(E::kTileUnits * layout.unit_bytes()));
     bytes = next - base;
   }
 };
@@ -92,20 +91,25 @@ OW_INLINE const uint8_t* row_at(const void* base, FloatType type, int64_t sequen
          (sequence + token * strides.token + head * strides.head) * float_size(type);
 }
 
-// Keys and values of one unit, given where each key's rows are; keys from `count` on are zeros.
+// Keys of one unit, given where each one's row is; rows from `count` on are zeros.
 template <class E>
-void pack_unit(const BlockAttentionArgs& a, const void* const* keys, const void* const* values,
-               int64_t count, typename E::Element* out) {
-  const Layout<E> layout(a);
-  for (int64_t j = 0; j < kUnitKeys; ++j) {
-    typename E::Element* row = out + j * layout.d;
+void pack_keys(const BlockAttentionArgs& a, const void* const* keys, int64_t count,
+               typename E::Element* out) {
+  const int64_t d = Layout<E>(a).d;
+  for (int64_t j = 0; j < kUnitKeys; ++j, out += d) {
     if (j < count) {
-      E::copy_row(keys[j], a.type, a.d, layout.d, row);
+      E::copy_row(keys[j], a.type, a.d, d, out);
     } else {
-      memset(row, 0, size_t(layout.d) * sizeof(*row));
+      memset(out, 0, size_t(d) * sizeof(*out));
     }
   }
-  E::transpose_values(values, count, a.type, a.dv, layout.dv, out + layout.key_elements());
+}
+
+// Values, alike.
+template <class E>
+void pack_values(const BlockAttentionArgs& a, const void* const* values, int64_t count,
+                 typename E::Element* out) {
+  E::transpose_values(values, count, a.type, a.dv, Layout<E>(a).dv, out);
 }
 
 // Calls pack(rows of keys, rows of values, count, where to) for units [begin, end).
@@ -135,7 +139,9 @@ template <class E>
 void pack(const BlockAttentionArgs& a, int64_t begin, int64_t end) {
   pack_units(a, begin, end,
              [&](const void* const* keys, const void* const* values, int64_t count, uint8_t* out) {
-               pack_unit<E>(a, keys, values, count, reinterpret_cast<typename E::Element*>(out));
+               auto* unit = reinterpret_cast<typename E::Element*>(out);
+               pack_keys<E>(a, keys, count, unit);
+               pack_values<E>(a, values, count, unit + Layout<E>(a).key_elements());
              });
 }
 

@@ -21,9 +21,10 @@ struct Row {
   const BlockAttentionArgs* a;
   const QueryTile* tile;
   int64_t query;  // of the sequence
+  int64_t head;
 
   const AttentionSequence& sequence() const { return *tile->sequence; }
-  int64_t kv_head() const { return tile->head / (a->heads / a->kv_heads); }
+  int64_t kv_head() const { return head / (a->heads / a->kv_heads); }
 
   bool sees(int64_t key) const {
     const AttentionMask& mask = a->mask;
@@ -35,7 +36,7 @@ struct Row {
 
   // In powers of two.
   float score(int64_t key) const {
-    const int64_t q = sequence().q + query * a->q_strides.token + tile->head * a->q_strides.head;
+    const int64_t q = sequence().q + query * a->q_strides.token + head * a->q_strides.head;
     const int64_t k = sequence().k + key * a->k_strides.token + kv_head() * a->k_strides.head;
     float sum = 0.0f;
     for (int64_t i = 0; i < a->d; ++i) {
@@ -64,8 +65,8 @@ struct Row {
 
 void attend(const BlockAttentionArgs& a, QueryTile& tile, uint8_t* scratch) {
   float* o = reinterpret_cast<float*>(scratch);
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const Row row{&a, &tile, tile.first + i};
+  for (int64_t i = 0; i < tile.heads * tile.count; ++i) {
+    const Row row{&a, &tile, tile.first + i % tile.count, tile.head + i / tile.count};
     float m = -3.40282347e38f;
     row.each_key([&](int64_t key) {
       const float score = row.score(key);
@@ -80,7 +81,7 @@ void attend(const BlockAttentionArgs& a, QueryTile& tile, uint8_t* scratch) {
       for (int64_t c = 0; c < a.dv; ++c) o[c] += weight * read_float(a.v, a.type, v + c);
       l += weight;
     });
-    const int64_t out = ((row.sequence().row + row.query) * a.heads + tile.head) * a.dv;
+    const int64_t out = ((row.sequence().row + row.query) * a.heads + row.head) * a.dv;
     for (int64_t c = 0; c < a.dv; ++c) {
       write_float(a.o, a.type, out + c, l == 0.0f ? 0.0f : o[c] / l);
     }

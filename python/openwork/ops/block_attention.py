@@ -21,9 +21,6 @@ from .sequences import check_queries_and_keys, check_sequence_pairs
 
 _block_attention = torch.ops.openwork.block_attention.default
 
-# Arguments of the operator between v and score_rows: the lists and the offsets.
-_BEFORE_SCORE_ROWS = 6
-
 
 def block_attention(
     q: Tensor,
@@ -48,7 +45,8 @@ def block_attention(
     where ``j <= p - min_distance`` and, if there is a window, ``p - j < window`` or ``j < sinks``.
     A query without a key gives ``o = 0`` and ``lse = -inf``. Time is proportional to the keys read:
     blocks of which a query sees nothing are skipped. The result does not depend on the number of
-    threads. Scratch memory is a copy of k and v and, with ``scores``, the weights of 64 queries.
+    threads. Scratch memory is a copy of k and v, unless each key is read by few queries, and, with
+    ``scores``, the weights of 64 queries.
 
     Args:
         q: ``[b, sq, h, d]`` float32, bfloat16 or float16, any strides but a last one of 1; head
@@ -91,39 +89,31 @@ def block_attention(
         (torch.Size([1, 100, 9, 64]), torch.Size([1, 100, 9]))
     """
     rows = None if scores is None else _score_rows(scores, q, cu_seqlens_q)
-    empty = (None, None, None, None, 0, 0)
-    lists = empty if index is None else lists_of(index)
-    o, lse, sums = _block_attention(
-        q,
-        k,
-        v,
-        *lists[:4],
-        cu_seqlens_q,
-        cu_seqlens_k,
-        rows,
-        *lists[4:],
-        causal,
-        window,
-        sinks,
-        min_distance,
-        scale,
-    )
+    masks = (causal, window, sinks, min_distance)
+    shared = shared_arguments(index, *masks, scale, cu_seqlens_q, cu_seqlens_k)
+    o, lse, sums = _block_attention(q, k, v, *shared, rows)
     results = (o, *((lse,) if return_lse else ()), *(() if scores is None else (sums,)))
     return results if len(results) > 1 else o
 
 
-def lists_of(
-    index: BlockIndex,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int]:
-    """An index as raw operators take it."""
-    return (
-        index.indptr,
-        index.indices,
-        index.column_indptr,
-        index.columns,
-        index.block_m,
-        index.block_n,
-    )
+def shared_arguments(
+    index: BlockIndex | None = None,
+    causal: bool = True,
+    window: int = 0,
+    sinks: int = 0,
+    min_distance: int = 0,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """What the raw operators of block attention take after v (``OW_ATTENTION_SCHEMA``)."""
+    lists: tuple[Tensor | None, ...] = (None, None, None, None)
+    blocks = (0, 0)
+    if index is not None:
+        lists = (index.indptr, index.indices, index.column_indptr, index.columns)
+        blocks = (index.block_m, index.block_n)
+    options = (causal, window, sinks, min_distance, scale)
+    return (*lists, cu_seqlens_q, cu_seqlens_k, *blocks, *options)
 
 
 def _score_rows(
@@ -246,8 +236,8 @@ def _block_attention_fake(
     q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "block_attention"
-    score_rows = rest[_BEFORE_SCORE_ROWS]
-    check_attention(op, q, k, v, *rest[:_BEFORE_SCORE_ROWS], *rest[_BEFORE_SCORE_ROWS + 1 :])
+    *shared, score_rows = rest
+    check_attention(op, q, k, v, *shared)
     b, sq, h, _ = q.shape
     if score_rows is not None:
         check_operand(op, "score_rows", score_rows, torch.bool, [b, sq])

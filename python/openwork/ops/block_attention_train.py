@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..block_index import BlockIndex
-from .block_attention import check_attention, lists_of
+from .block_attention import check_attention, shared_arguments
 from .checks import check_dtype, check_operand, check_shape
 
 _train = torch.ops.openwork.block_attention_train.default
@@ -80,10 +80,9 @@ def block_attention_train(
         >>> v.grad[0, :, 0, 0].mul(12).round().tolist()  # 1 + 1/2 + 1/3 + 1/4, ...
         [25.0, 13.0, 7.0, 3.0]
     """
-    lists = (None, None, None, None, 0, 0) if index is None else lists_of(index)
-    options = (causal, window, sinks, min_distance, scale)
-    offsets = (cu_seqlens_q, cu_seqlens_k)
-    o, lse = _train(q, k, v, *lists[:4], *offsets, *lists[4:], *options)
+    masks = (causal, window, sinks, min_distance)
+    shared = shared_arguments(index, *masks, scale, cu_seqlens_q, cu_seqlens_k)
+    o, lse = _train(q, k, v, *shared)
     return (o, lse) if return_lse else o
 
 
@@ -97,8 +96,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     o, lse, *saved = ctx.saved_tensors
     rest = iter(saved)
-    q, k, v, *lists = (next(rest) if present else None for present in ctx.present)
-    grads = _backward_overload(grad_o, grad_lse, q, k, v, o, lse, *lists, *ctx.options)
+    tensors = [next(rest) if present else None for present in ctx.present]
+    grads = _backward_overload(grad_o, grad_lse, o, lse, *tensors, *ctx.options)
     return (*grads, *[None] * (_TENSORS - 3 + len(ctx.options)))
 
 
@@ -108,8 +107,8 @@ torch.library.register_autograd(
 
 
 @torch.library.register_fake("openwork::block_attention_train")
-def _train_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    check_attention("block_attention_train", q, k, v, *rest)
+def _train_fake(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor]:
+    check_attention("block_attention_train", q, k, v, *shared)
     b, sq, h, _ = q.shape
     return q.new_empty((b, sq, h, v.shape[3])), q.new_empty((b, sq, h), dtype=torch.float32)
 
@@ -118,15 +117,15 @@ def _train_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Te
 def _backward_fake(
     grad_o: Tensor,
     grad_lse: Tensor,
+    o: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *rest: Any,
+    *shared: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "block_attention_backward"
-    check_attention(op, q, k, v, *rest)
+    check_attention(op, q, k, v, *shared)
     b, sq, h, _ = q.shape
     shape = [b, sq, h, v.shape[3]]
     check_operand(op, "o", o, q.dtype, shape)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_index import BlockIndex
-from ..ops.block_attention import _score_rows, block_attention, lists_of
-from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
+from ..ops.block_attention import _score_rows, block_attention, shared_arguments
+from .attention_workloads import WORKLOADS, cost, make_index, make_operands
+from .case import EPS, TINY, OpCase, Reject, Sample
 
 
 def _sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> list[Any]:
@@ -116,85 +117,20 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def _raw(sample: Sample) -> tuple[Any, ...]:
-    q, k, v, *rest = sample.args
-    kwargs = sample.kwargs
-    index = rest[0] if rest else None
-    lists = (None, None, None, None, 0, 0) if index is None else lists_of(index)
-    scores = kwargs.get("scores")
-    rows = None if scores is None else _score_rows(scores, q, kwargs.get("cu_seqlens_q"))
-    return (
-        q,
-        k,
-        v,
-        *lists[:4],
-        kwargs.get("cu_seqlens_q"),
-        kwargs.get("cu_seqlens_k"),
-        rows,
-        *lists[4:],
-        kwargs.get("causal", True),
-        *(kwargs.get(name, 0) for name in ("window", "sinks", "min_distance")),
-        kwargs.get("scale"),
-    )
+    q = sample.args[0]
+    scores = sample.kwargs.get("scores")
+    rows = None
+    if scores is not None:
+        rows = _score_rows(scores, q, sample.kwargs.get("cu_seqlens_q"))
+    return (*raw_arguments(sample), rows)
 
 
-def make_operands(
-    b: int, sq: int, sk: int, h: int, g: int, d: int, dv: int, dtype: torch.dtype, seed: int = 5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal q, k and v."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((b, sq, h, d), (b, sk, g, d), (b, sk, g, dv))
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    return q, k, v
-
-
-def _lists(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """``[heads, rows, items]`` bool as offsets and items."""
-    counts = masks.sum(-1).flatten()
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    heads, rows = masks.shape[:2]
-    at = torch.arange(heads)[:, None] * rows + torch.arange(rows + 1)
-    return ends[at].int(), masks.nonzero()[:, 2].int()
-
-
-def make_index(
-    lengths: list[tuple[int, int]],
-    heads: int,
-    block_m: int,
-    block_n: int,
-    density: float,
-    columns: float = 0.0,
-    seed: int = 6,
-) -> BlockIndex:
-    """Random lists: each block at or before a row's last query with probability ``density``.
-
-    Args:
-        lengths: queries and keys of each sequence.
-        heads: index_heads.
-        block_m, block_n: block sizes.
-        density: share of the blocks that are listed.
-        columns: share of the other keys that are.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    most = max((sk for _, sk in lengths), default=0)
-    blocks: list[Tensor] = []
-    keys: list[Tensor] = []
-    for sq, sk in lengths:
-        rows = -(-sq // block_m)
-        last = sk - sq + (torch.arange(1, rows + 1) * block_m).clamp(max=sq) - 1
-        begin = torch.arange(-(-most // block_n)) * block_n
-        possible = (begin < sk) & (begin <= last[:, None])
-        chosen = torch.rand(heads, *possible.shape, generator=generator) < density
-        chosen &= possible
-        inside = chosen.repeat_interleave(block_n, 2)[:, :, :most]
-        single = torch.rand(heads, rows, most, generator=generator) < columns
-        single &= (torch.arange(most) < sk) & ~inside
-        blocks.append(chosen)
-        keys.append(single)
-    indptr, indices = _lists(torch.cat(blocks, 1))
-    if columns == 0.0:
-        return BlockIndex(indptr, indices, block_m, block_n)
-    column_indptr, items = _lists(torch.cat(keys, 1))
-    return BlockIndex(indptr, indices, block_m, block_n, column_indptr, items)
+def raw_arguments(sample: Sample) -> tuple[Any, ...]:
+    """Of the sample's, those that raw operators of block attention share."""
+    q, k, v, *index = sample.args
+    results = ("return_lse", "scores")
+    kwargs = {name: value for name, value in sample.kwargs.items() if name not in results}
+    return (q, k, v, *shared_arguments(*index, **kwargs))
 
 
 def _samples() -> Iterator[Sample]:
@@ -267,6 +203,13 @@ def _indexed_samples(kind: str, dtype: torch.dtype) -> Iterator[Sample]:
     ascending = k * torch.linspace(0.1, 20, 900)[:, None, None].to(dtype)
     index = make_index([(200, 900)], 2, 64, 32, 0.2, 0.5)
     yield Sample(f"{kind}-rising-index", (q.abs(), ascending.abs(), v, index), {})
+    # Few queries, whose heads share tiles.
+    q, k, v = make_operands(2, 9, 70, 10, 2, 40, 24, dtype)
+    yield Sample(f"{kind}-few", (q, k, v), {"return_lse": True})
+    yield Sample(f"{kind}-few-window", (q, k, v), {"window": 20, "sinks": 3, "return_lse": True})
+    index = make_index([(200, 210)], 2, 16, 48, 0.5, 0.1)
+    q, k, v = make_operands(1, 200, 210, 4, 2, 64, 64, dtype)
+    yield Sample(f"{kind}-few-index", (q, k, v, index), {"return_lse": True})
     q, k, v = make_operands(2, 100, 160, 4, 2, 40, 48, dtype)
     index = make_index([(100, 160)] * 2, 4, 48, 32, 0.4, 0.1)
     yield Sample(f"{kind}-batch-index", (q, k, v, index), both)
@@ -332,42 +275,6 @@ def _index_rejects(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Reject]:
     yield Reject("falling", (q, k, v, falling), {}, "indptr must rise from 0 to 1", **of_index)
 
 
-# Queries and keys of a block of the workloads' indices.
-WORKLOAD_BLOCK = 64
-
-
-def _workload(pattern: str, keys: int, d: int, dtype: str, density: float) -> Workload:
-    h, g = 4, 1
-    params = {
-        "pattern": pattern,
-        "keys": keys,
-        "h": h,
-        "kv_heads": g,
-        "d": d,
-        "dtype": dtype,
-        "density": density,
-        "hot": True,  # a call reads its operands many times, from memory or not
-    }
-
-    def make() -> Sample:
-        operands = make_operands(1, keys, keys, h, g, d, d, getattr(torch, dtype))
-        if pattern == "blocks":
-            index = make_index([(keys, keys)], h, WORKLOAD_BLOCK, WORKLOAD_BLOCK, density)
-            return Sample("workload", (*operands, index))
-        return Sample("workload", operands, {"scores": "all"} if pattern == "scores" else {})
-
-    return Workload(params, make)
-
-
-def cost(params: Mapping[str, Any]) -> Cost:
-    """Of a workload."""
-    keys, h, g, d = (params[name] for name in ("keys", "h", "kv_heads", "d"))
-    # Two products of d for each pair of a query and a key that is listed and not after it.
-    pairs = params["density"] * keys * (keys + 1) / 2
-    size = 2 * keys * (h + g) * d * getattr(torch, params["dtype"]).itemsize
-    return Cost(size, int(4 * h * d * pairs), "bf16" if params["dtype"] == "bfloat16" else "fp32")
-
-
 CASES = (
     OpCase(
         "block_attention",
@@ -377,18 +284,7 @@ CASES = (
         raw=_raw,
         samples=lambda: list(_samples()),
         rejects=lambda: list(_rejects()),
-        workloads=tuple(
-            _workload(pattern, keys, d, dtype, density)
-            for keys in (4096, 8192)
-            for d in (64, 128)
-            for dtype in ("float32", "bfloat16")
-            for pattern, density in (
-                ("dense", 1.0),
-                ("scores", 1.0),
-                ("blocks", 0.25),
-                ("blocks", 0.1),
-            )
-        ),
+        workloads=WORKLOADS,
         cost=cost,
     ),
 )

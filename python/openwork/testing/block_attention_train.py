@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from ..block_index import BlockIndex
-from ..ops.block_attention import block_attention, lists_of
+from ..ops.block_attention import block_attention
 from ..ops.block_attention_train import block_attention_train
-from .block_attention import BF16_EXP, block_attention_reference, make_index, make_operands
-from .block_attention import CASES as FORWARD_CASES
-from .block_attention import cost as forward_cost
+from .attention_workloads import WORKLOADS, make_index, make_operands
+from .attention_workloads import cost as forward_cost
+from .block_attention import BF16_EXP, block_attention_reference, raw_arguments
 from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
-
-_MASKS = ("window", "sinks", "min_distance")
 
 
 def _train(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -146,37 +144,15 @@ def _backward_samples() -> Iterator[Sample]:
     yield Sample("strided", (wide, grad_lse, turned, *cache), {})
 
 
-def _lists(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    index: BlockIndex | None = rest[0] if rest else None
-    return (None, None, None, None, 0, 0) if index is None else lists_of(index)
-
-
-def _raw_train(sample: Sample) -> tuple[Any, ...]:
-    q, k, v, *rest = sample.args
-    kwargs, lists = sample.kwargs, _lists(tuple(rest))
-    return (
-        q,
-        k,
-        v,
-        *lists[:4],
-        kwargs.get("cu_seqlens_q"),
-        kwargs.get("cu_seqlens_k"),
-        *lists[4:],
-        kwargs.get("causal", True),
-        *(kwargs.get(name, 0) for name in _MASKS),
-        kwargs.get("scale"),
-    )
-
-
 def _raw_backward(sample: Sample) -> tuple[Any, ...]:
-    grad_o, grad_lse, *rest = sample.args
-    q, k, v, *options = _raw_train(Sample("", tuple(rest), sample.kwargs))
-    if "o" in sample.kwargs:
-        o, lse = sample.kwargs["o"], sample.kwargs["lse"]
-    else:
+    grad_o, grad_lse, *args = sample.args
+    kwargs = dict(sample.kwargs)
+    o, lse = kwargs.pop("o", None), kwargs.pop("lse", None)
+    shared = raw_arguments(Sample("", tuple(args), kwargs))
+    if o is None:
         with torch.no_grad():
-            o, lse = torch.ops.openwork.block_attention_train(q, k, v, *options)
-    return (grad_o, grad_lse, q, k, v, o, lse, *options)
+            o, lse = torch.ops.openwork.block_attention_train(*shared)
+    return (grad_o, grad_lse, o, lse, *shared)
 
 
 def _train_rejects() -> Iterator[Reject]:
@@ -236,7 +212,7 @@ CASES = (
         _train,
         _train_reference,
         _forward_tolerance,
-        raw=_raw_train,
+        raw=raw_arguments,
         samples=lambda: list(_train_samples()),
         rejects=lambda: list(_train_rejects()),
     ),
@@ -250,8 +226,8 @@ CASES = (
         rejects=lambda: list(_backward_rejects()),
         workloads=tuple(
             _backward_workload(workload)
-            for workload in FORWARD_CASES[0].workloads
-            if workload.params["keys"] == 4096 and workload.params["pattern"] != "scores"
+            for workload in WORKLOADS
+            if workload.params["keys"] == 4096 and workload.params["pattern"] in ("dense", "blocks")
         ),
         cost=_backward_cost,
     ),
