@@ -141,6 +141,22 @@ class LineIndices {
   __m512i low_, high_;
 };
 
+// Calls body<count>(q) for lines [begin, end) of four slots: for all that an index line describes
+// at once, and one by one where it describes others, too.
+template <int kBlock, class Body>
+OW_INLINE void in_index_lines(int64_t begin, int64_t end, const Body& body) {
+  constexpr int kCount = LineIndices<kBlock>::kCount;
+  for (int64_t q = begin; q < end;) {
+    if (q % kCount == 0 && end - q >= kCount) {
+      body.template operator()<kCount>(q / kCount * kCount);  // the compiler sees no remainder
+      q += kCount;
+    } else {
+      body.template operator()<1>(q);
+      ++q;
+    }
+  }
+}
+
 // The weights of four slots, the q-th of the row, one a byte; int4 ones are 16 times too large,
 // which their scale makes up for.
 template <int kBits>
@@ -192,31 +208,50 @@ struct Quads {
   }
 };
 
+// Where the codes for the next line of four slots are.
+struct NextQuad {
+  const Quads& quads;
+  const uint8_t* x;  // of the period's first column
+  int64_t period_columns, kept, of_period;
+
+  void advance() {
+    if (++of_period < kept) return;
+    of_period = 0;
+    x += period_columns;
+  }
+};
+
+// kCount lines of four slots from line q on, of one index line.
+template <int kBits, int kBlock, int kCount, int kRows>
+OW_INLINE void add_quads(const uint8_t* values, const IndexReader& index, int64_t stride, int64_t q,
+                         NextQuad* next, Sums<kRows>* sums) {
+  LineIndices<kBlock> indices(index, q);
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i, indices.next(), next->advance()) {
+    const __m512i w = weights_of<kBits>(values, q + i);
+    sums->add_weights(w);
+    const int64_t at = next->of_period;
+    const __m512i select = indices.get(_mm512_set1_epi32(int(next->quads.offset[at])));
+    const uint8_t* from = next->x + next->quads.column[at];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i codes = _mm512_loadu_si512(from + r * stride);
+      dot4(sums->x[r][i % Sums<kRows>::kChains], _mm512_permutexvar_epi8(select, codes), w);
+    }
+  }
+}
+
 // Lines [begin, end) of four slots.
 template <int kBits, int kBlock, int kRows>
 OW_INLINE void add_lines(const NmGemmArgs& a, const uint8_t* values, const IndexReader& index,
                          const Quads& quads, const uint8_t* x, int64_t begin, int64_t end,
                          Sums<kRows>* sums) {
+  const int64_t columns = 4 * kBlock;
+  NextQuad next{quads, x + begin / a.kept * columns, columns, a.kept, begin % a.kept};
   const int64_t stride = code_stride(a);
-  int64_t period = begin / a.kept;
-  int64_t of_period = begin % a.kept;
-  LineIndices<kBlock> indices(index, begin);
-  for (int64_t q = begin; q < end; ++q, indices.next()) {
-    if (q % LineIndices<kBlock>::kCount == 0) indices = LineIndices<kBlock>(index, q);
-    const __m512i w = weights_of<kBits>(values, q);
-    sums->add_weights(w);
-    const __m512i select = indices.get(_mm512_set1_epi32(int(quads.offset[of_period])));
-    const uint8_t* from = x + period * 4 * kBlock + quads.column[of_period];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i codes = _mm512_loadu_si512(from + r * stride);
-      dot4(sums->x[r][0], _mm512_permutexvar_epi8(select, codes), w);
-    }
-    if (++of_period == a.kept) {
-      of_period = 0;
-      ++period;
-    }
-  }
+  in_index_lines<kBlock>(begin, end, [&]<int kCount>(int64_t q) __attribute__((always_inline)) {
+    add_quads<kBits, kBlock, kCount>(values, index, stride, q, &next, sums);
+  });
 }
 
 // --- patterns with windows -----------------------------------------------------------------------
@@ -267,19 +302,10 @@ template <int kBits, int kBlock, int kWindow, int kRows>
 OW_INLINE void add_range(const NmGemmArgs& a, const uint8_t* values, const IndexReader& index,
                          __m512i blocks, const uint8_t* x, int64_t begin, int64_t end,
                          Sums<kRows>* sums) {
-  constexpr int kCount = LineIndices<kBlock>::kCount;
   const int shift = kBlock == 16 && a.kept == 8 ? 1 : 0;  // 8:16: a window serves two lines
-  int64_t q = begin;
-  while (q < end) {
-    if (q % kCount == 0 && end - q >= kCount) {
-      add_windows<kBits, kBlock, kWindow, kCount, kRows>(values, index, blocks, shift, x,
-                                                         q / kCount * kCount, sums);
-      q += kCount;
-    } else {
-      add_windows<kBits, kBlock, kWindow, 1, kRows>(values, index, blocks, shift, x, q, sums);
-      ++q;
-    }
-  }
+  in_index_lines<kBlock>(begin, end, [&]<int kCount>(int64_t q) __attribute__((always_inline)) {
+    add_windows<kBits, kBlock, kWindow, kCount, kRows>(values, index, blocks, shift, x, q, sums);
+  });
 }
 
 // --- a panel -------------------------------------------------------------------------------------
