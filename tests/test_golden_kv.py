@@ -22,6 +22,8 @@ FORMATS = {
     "kv3": (KVFormat(3, "channel", 32, codebook=NUQ), KVFormat(3, "token", 32)),
     "kv2": (KVFormat(2, "token", 32), KVFormat(2, "channel", 32, outliers=2)),
 }
+# The pinned tails have room for 128 tokens; how long they are is no part of the layout.
+DRAFTS = {"kv8": 64, "kv3": 64, "kv2": 64}
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -29,7 +31,7 @@ def _empty(name: str) -> KVPages:
     keys, values = FORMATS[name]
     return KVPages.allocate(
         1, 1, D, 192, keys=keys, values=values, value_d=VALUE_D, dtype=torch.float16,
-        page_size=PAGE_SIZE, bounds=True,
+        page_size=PAGE_SIZE, bounds=True, drafts=DRAFTS.get(name, 0),
     )  # fmt: skip
 
 

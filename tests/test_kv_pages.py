@@ -76,6 +76,38 @@ def test_bytes_follow_the_budget_of_each_head() -> None:
 
 
 @pytest.mark.parametrize(
+    ("formats", "drafts", "tokens"),
+    [
+        (KIVI, 0, 160),  # 128 that wait for the step, and a group that a compaction leaves
+        (KIVI, 8, 192),
+        ((KVFormat(2, "channel", 32), KVFormat(2, "token", 64)), 0, 64),
+        ((KVFormat(2, "channel", 64, step=128), KVFormat(2, "channel", 32)), 0, 192),
+        ((KVFormat(8, "token", 64), KVFormat(4, "token", 64, window=40, step=3)), 0, 64),
+        ((DENSE, KVFormat(4, "channel", 32)), 0, 64),
+    ],
+)
+def test_tails_hold_what_may_wait(
+    formats: tuple[KVFormat, KVFormat], drafts: int, tokens: int
+) -> None:
+    """And no more: they are exact, and every head of every layer has them."""
+    keys, values = formats
+    pages = KVPages.allocate(2, 1, 64, 1024, keys=keys, values=values, page_size=64, drafts=drafts)
+    for side, fmt in ((pages.keys, keys), (pages.values, values)):
+        assert fmt.dense or (side.tail is not None and side.tail.shape[2] == tokens)
+    x = torch.randn(2, 500, 1, 64)
+    ops.kv_append(pages, x, x)
+    # The most that can wait: all but one of a step, behind a group that was not finished.
+    for _ in range(3):
+        length = int(pages.lengths.max())
+        kept = torch.arange(1, length, dtype=torch.int32).expand(2, 1, -1).contiguous()
+        ops.kv_compact(pages, kept)
+        ops.kv_append(pages, x[:, :37], x[:, :37])
+        if drafts:
+            ops.kv_append(pages, x[:, :drafts], x[:, :drafts], commit=False)
+            ops.kv_commit(pages)
+
+
+@pytest.mark.parametrize(
     ("formats", "bits"),
     [
         ((KVFormat(4, "channel", 32), KVFormat(4, "token", 32)), 4 + 32 / 32),

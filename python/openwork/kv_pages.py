@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,17 @@ from . import _host
 from .kv_format import GROUPS, KVFormat, KVSide, check, new_side, zero_pool
 
 _BOUND_TOKENS = 16
+
+
+def _tail_len(formats: Sequence[KVFormat], drafts: int) -> int:
+    """Tokens that may wait: a step and a window, and of groups of tokens one unfinished.
+
+    A compaction leaves one where it ends. In whole groups, which do not wrap around.
+    """
+    groups = [f.group_size if f.axis == "channel" else 0 for f in formats]
+    waiting = [f.window + f.step + group for f, group in zip(formats, groups, strict=True)]
+    whole = max(32, *groups, 0)
+    return -(-(max(waiting) + drafts) // whole) * whole if waiting else 0
 
 
 @dataclass
@@ -116,9 +128,7 @@ class KVPages:
         count = b * kv_heads * max_pages if pages is None else pages
         check(1 <= count < 2**31, f"{op}: pages must be in 1 .. 2 ** 31 - 1, got {count}")
         rows = (b, kv_heads)
-        # Room for a group that a compaction leaves unfinished, in whole groups of 128.
-        waiting = [f.window + f.step + f.group_size for f in (keys, values) if not f.dense]
-        tail_len = -(-(max(waiting) + drafts) // 128) * 128 if waiting else 0
+        tail_len = _tail_len([f for f in (keys, values) if not f.dense], drafts)
         bound_shape = [count, page_size // _BOUND_TOKENS, d]
         table = torch.full((*rows, max_pages), -1, dtype=torch.int32)
         return cls(

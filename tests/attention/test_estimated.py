@@ -9,7 +9,7 @@ import torch
 from models.checkpoints import random_model
 from torch import Tensor
 
-from openwork import attention
+from openwork import attention, ops
 from openwork.attention import (
     BlockTopK,
     Dense,
@@ -23,6 +23,8 @@ from openwork.attention import (
     search_patterns,
 )
 from openwork.errors import FormatError
+from openwork.kvcache import H2O, Cache, Format, KeepAll, SnapKV
+from openwork.kvcache import Policy as CachePolicy
 
 N, H, G, D = 300, 6, 2, 16
 FULL: list[Estimated] = [
@@ -124,6 +126,46 @@ def test_search_takes_the_least_error_that_the_density_allows() -> None:
     assert report.density < 0.7
     with pytest.raises(ValueError, match="expected, got 0 and 0.5"):
         search_patterns(model, tokens, density=0.5, candidates=[])
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+@pytest.mark.parametrize(
+    ("policy", "format"),
+    [
+        (KeepAll(), Format()),
+        (SnapKV(20, window=8), Format()),
+        (H2O(10, 10), Format(rotate="read")),
+        (KeepAll(), Format(exact_first=3)),
+    ],
+)
+def test_packed_prompts_fill_their_caches(policy: CachePolicy, format: Format, drafts: int) -> None:
+    """What each holds, and what comes after it, is as if it had been read alone."""
+    model = random_model()
+    prompts = [torch.randint(0, 320, (n,)) for n in (3, 40, 1, 17, 22)]
+
+    def cache() -> Cache:
+        return Cache(model, 64, policy=policy, format=format, drafts=drafts)
+
+    caches, after = [cache() for _ in prompts], torch.tensor([[7, 8, 9]])
+    with torch.inference_mode():
+        packed_hidden(model, prompts, caches=caches)
+        for packed, prompt in zip(caches, prompts, strict=True):
+            alone = cache()
+            model(prompt[None], alone)
+            assert packed.length == alone.length == len(prompt)
+            logits = [model(after, x) for x in (packed, alone)]
+            assert torch.allclose(*logits, atol=1e-5)
+            for a, b in zip(packed.layers, alone.layers, strict=True):
+                assert torch.equal(a.lengths, b.lengths)
+                for x, y in zip(ops.kv_read(a.pages), ops.kv_read(b.pages), strict=True):
+                    assert torch.allclose(x, y, atol=1e-5)
+    for wrong, message in (
+        (caches, "empty caches expected, got 6 tokens"),
+        (caches[:2], "a cache for each of 5 prompts expected, got 2"),
+        ([Cache(model, 20) for _ in prompts], "room for 40 tokens needed, got max_len = 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed_hidden(model, prompts, caches=wrong)
 
 
 def test_packed_prompts_equal_single_ones() -> None:

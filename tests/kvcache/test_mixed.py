@@ -113,7 +113,8 @@ def test_bytes_are_those_of_both_formats() -> None:
         layers[name] = new_layer(policy or Saliency(n), format, n)
         layers[name].take(keys, keys, values, lambda last: scores)
     bits = {name: layer.nbytes * 8 / (2 * G * n * 2 * D) for name, layer in layers.items()}
-    # Float32 scales and mins take 1 bit of each number, and room for 128 exact tokens a quarter.
+    # Float32 scales and mins take 1 bit of each number, and room for 128 exact tokens a quarter:
+    # a group that waits, and one that a compaction leaves.
     tail = 128 * 32 / n
     assert bits["fine"] == pytest.approx(5 + tail, rel=0.01)
     assert bits["coarse"] == pytest.approx(3 + tail, rel=0.01)

@@ -60,8 +60,11 @@ class _RazorLayer(StreamingLayer):
 
     def compress(self, prompt: Prompt) -> Kept | None:
         kept = super().compress(prompt)
-        mask = torch.ones(prompt.keys.shape[:3], dtype=torch.bool) if kept is None else kept.mask
-        self._gone.extend(prompt.rotated, prompt.values, ~mask)
+        dropped = prompt.keys.new_zeros(*prompt.keys.shape[:2], 0, dtype=torch.bool)
+        if kept is not None:
+            dropped = ~kept.mask
+        n = dropped.shape[-1]
+        self._gone.extend(prompt.rotated[:, :, :n], prompt.values[:, :, :n], dropped)
         return kept
 
     def trim(self, held: Held) -> Tensor | None:

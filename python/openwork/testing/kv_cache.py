@@ -294,7 +294,7 @@ def _read_samples() -> Iterator[Sample]:
 
 def _commit_samples() -> Iterator[Sample]:
     for name, (keys, values) in FORMATS.items():
-        history = History(keys, values).appended(50, 1).appended(71, 2, commit=False)
+        history = History(keys, values, drafts=71).appended(50, 1).appended(71, 2, commit=False)
         yield Sample(name, (history,))
     yield Sample("dense", (History(*dense(BF16)).appended(3, 1),))
 
