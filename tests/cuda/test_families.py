@@ -147,7 +147,7 @@ DEFECTS = (
     ),
     Defect(
         "nm_gemm", "a warp's stage overwritten while it is read", "nm_gemm_few_cuda.h",
-        "request(stage_ == 0 ? kStages - 1 : stage_ - 1,", "request(stage_,", race=True,
+        "request(a, stage_ == 0 ? kStages - 1 : stage_ - 1,", "request(a, stage_,", race=True,
     ),
     Defect(
         "nm_gemm", "a lane overtakes the others", "nm_gemm_few_cuda.h",
