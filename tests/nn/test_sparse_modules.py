@@ -136,6 +136,17 @@ def test_sum_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(compiled(x), module(x))
 
 
+def test_few_elements_are_stored_with_a_byte_each() -> None:
+    """As many or fewer than an eighth, where that takes less than a bit an element."""
+    weight = torch.zeros(64, 256)
+    weight.view(-1)[::8] = 1.0
+    assert openwork.compress_sparse(weight).layout == "bytes_n16k256@1"
+    weight[0, 1] = 1.0
+    assert openwork.compress_sparse(weight).layout == "bitmask_n16k64@1"
+    with pytest.raises(ValueError, match="^compress_sparse: layout must be bitmask_.*, got csr"):
+        openwork.compress_sparse(weight, layout="csr")
+
+
 @pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
 def test_transposed_pattern_finds_every_value(layout: str) -> None:
     weight = make_sparse_weight(N, K, 0.3, torch.float32, layout=layout)

@@ -130,11 +130,11 @@ void run_dots(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
 }
 
 // Which of four values a row ends with take part.
-constexpr uint16_t kTail[5][4] = {{0, 0, 0, 0},
-                                  {0xffff, 0, 0, 0},
-                                  {0xffff, 0xffff, 0, 0},
-                                  {0xffff, 0xffff, 0xffff, 0},
-                                  {0xffff, 0xffff, 0xffff, 0xffff}};
+constexpr __mmask16 kTail[5][4] = {{0, 0, 0, 0},
+                                   {0xffff, 0, 0, 0},
+                                   {0xffff, 0xffff, 0, 0},
+                                   {0xffff, 0xffff, 0xffff, 0},
+                                   {0xffff, 0xffff, 0xffff, 0xffff}};
 
 // Four values are one load, where each broadcast would be one: the load ports bind. The last up to
 // four values of a row are masked, not looped over: how many they are cannot be predicted.
@@ -163,7 +163,9 @@ struct AddFourBytes {
         acc[j % 2][v].v = _mm512_mask3_fmadd_ps(w, tokens(j, v), acc[j % 2][v].v, lanes);
       }
     };
-    for (; count > 4; count -= 4, value += 4, column += 4) {
+    const int64_t fours = (count - (count > 0)) / 4;
+    const float* tail = value + 4 * fours;
+    for (; value < tail; value += 4, column += 4) {
       const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(value));
       add_value(0, _mm512_permute_ps(four, 0x00));
       add_value(1, _mm512_permute_ps(four, 0x55));
@@ -171,7 +173,7 @@ struct AddFourBytes {
       add_value(3, _mm512_permute_ps(four, 0xff));
     }
     // Reads no further than a full row would.
-    const uint16_t* lanes = kTail[count];
+    const __mmask16* lanes = kTail[count - 4 * fours];
     const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(value));
     add_masked(0, _mm512_permute_ps(four, 0x00), lanes[0]);
     add_masked(1, _mm512_permute_ps(four, 0x55), lanes[1]);

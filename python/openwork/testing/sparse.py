@@ -217,7 +217,6 @@ def _round_trip_rejects() -> Iterator[Reject]:
     yield Reject("empty", (weight[:0], None), {}, "at least one row and one column")
     yield Reject("mask", (weight, weight), {}, "mask must be bool, got float32")
     yield Reject("mask shape", (weight, weight[:, :5] > 0), {}, "mask must have shape [4, 32]")
-    yield Reject("layout", (weight,), {"layout": "csr"}, "layout must be bitmask_n16k64@1 or")
 
 
 def _raw_round_trip(sample: Sample) -> tuple[Any, ...]:
