@@ -16,8 +16,8 @@ FORMATS = [
     (bits, axis, size) for bits in (8, 4, 3, 2) for axis, size in (("channel", 32), ("token", 64))
 ]
 PAGE = 64
-# Half a step of the digits that bf16 numbers become, where the largest is 1.
-HALF_STEP = {16: 0.0, 8: 0.5 / 32639, 4: 8 / 30464, 3: 0.5 / 32639, 2: 32 / 24320}
+# What the digits that bf16 numbers become round by, where the largest is 1.
+ROUNDING = {16: 0.0, 8: 0.5 / 32639, 4: 8.5 / 30464, 3: 0.5 / 32639, 2: 40 / 24320}
 
 
 def _digit_error(x, axis: str, products: str, bits: int, dtype: str, largest: float) -> float:
@@ -28,7 +28,7 @@ def _digit_error(x, axis: str, products: str, bits: int, dtype: str, largest: fl
     share = 8 // bits if bits in (4, 2) else 1
     in_bytes = np.pad(abs(x), ((0, 0), (0, -x.shape[1] % 16))).reshape(len(x), -1, share, 4)
     count = share * (in_bytes.max(2) > 0).sum((1, 2)).max()
-    return count * HALF_STEP[bits] * abs(x).max() * 1.01 * largest
+    return count * ROUNDING[bits] * abs(x).max() * 1.01 * largest
 
 
 def _check(
