@@ -170,9 +170,9 @@ std::vector<float> run_kernel(const KernelEntry<const PagedAttentionKernels*>& e
   return result;
 }
 
-// Half a step of two digits, where the largest number is 1.
-double half_step(int32_t bits) {
-  return bits == 4 ? 8.0 / 30464.0 : bits == 2 ? 32.0 / 24320.0 : 0.5 / 32639.0;
+// What two digits round by, where the largest number is 1.
+double digit_error(int32_t bits) {
+  return bits == 4 ? 8.5 / 30464.0 : bits == 2 ? 40.0 / 24320.0 : 0.5 / 32639.0;
 }
 
 void check_case(const Case& c, Guarded* memory) {
@@ -181,10 +181,10 @@ void check_case(const Case& c, Guarded* memory) {
   const std::vector<float> want = run_kernel(scalar, p, Against::end, memory);
   // Scores, of magnitude up to 50, and sums of up to 400 terms of up to 4, each in another order.
   double error = 0x1p-24 * 2.0 * (double(c.d) + 400.0) * 50.0;
-  // Digits of weights of up to 1, half a step of 256 of them, times codes of up to 1 from the
-  // middle, and of queries likewise.
+  // Digits of 256 weights of up to 1 times codes of up to 1 from the middle, and of queries
+  // likewise.
   if (c.type == FloatType::bf16) {
-    error += 256.0 * (half_step(c.keys.bits) + half_step(c.values.bits));
+    error += 256.0 * (digit_error(c.keys.bits) + digit_error(c.values.bits));
   }
   for (const auto& entry : kPaged) {
     if (entry.isa > detected_isa()) continue;

@@ -9,7 +9,7 @@
 // formats say that keys and values are; with tables of cosines and sines, keys are rotated first:
 // k^[i] cos[p,i] - k^[i + d/2] sin[p,i] and so on (halves), p the token's position. Accurate to
 // fp32's rounding or, of bf16 and quantized sides, to 2^-16 of the largest of the products that
-// scales go into; to 1.08 * 2^-12 and 1.35 * 2^-10 of it where codes have 4 and 2 bits.
+// scales go into; to 1.15 * 2^-12 and 1.69 * 2^-10 of it where codes have 4 and 2 bits.
 //
 //   0              pages              newest            length
 //   | 32 | 32 | … the selected ones … | ring, last queries |

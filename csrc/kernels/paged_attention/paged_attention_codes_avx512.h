@@ -8,7 +8,7 @@
 // the row's largest x, what fp32 itself would lose. For bf16, two: over codes of 8 and 3 bits half
 // a step is 1.004 * 2^-16 of the largest, so that what 128 of them may add up to is what rounding
 // the largest to bf16 has lost; over codes of 4 and 2 bits two digits of which codes share one
-// (paged_attention_two_digits_avx512.h), 1.08 * 2^-12 and 1.35 * 2^-10. Half of that remains, as
+// (paged_attention_two_digits_avx512.h), 1.15 * 2^-12 and 1.69 * 2^-10. Half of that remains, as
 // digits meet a code's distance from the code in the middle, and the min, moved there, takes x as
 // it is.
 //

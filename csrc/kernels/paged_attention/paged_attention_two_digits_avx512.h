@@ -8,9 +8,10 @@
 //
 // The last sum is the byte as it lies in memory: n + 1 products take the place of 2 n. Of e the
 // lowest bits are the fraction that x_{n-1} / (256 step) has, which decides d_{n-1}; x_{n-2} then
-// chooses the next bits of e, and so on. Each x_j is rounded by half of 2^(8 - bits) steps. As rms,
-// over uniform codes, that moves a sum by less than a twentieth of what rounding to codes has moved
-// it by, even where one of 256 numbers outweighs the others together.
+// chooses the next bits of e, and so on. Each x_j is rounded by half of 2^(8 - bits) steps and,
+// where that is less, by half of 2^(bits j) before. As rms, over uniform codes, that moves a sum by
+// less than a twentieth of what rounding to codes has moved it by, even where one of 256 numbers
+// outweighs the others together.
 #pragma once
 
 #include <immintrin.h>

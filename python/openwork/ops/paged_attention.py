@@ -59,7 +59,7 @@ def paged_attention(
     In float32 and float16 this is accurate as fp32 is. In bfloat16 either factor that meets codes
     may be rounded, by up to 2^-16 of the largest of its row (of weights: of 256 tokens) where codes
     have 8 or 3 bits: errors of 128 channels together move a score by no more than rounding the
-    largest q to bfloat16 has. Where they have 4 or 2 bits, by 1.08 * 2^-12 or 1.35 * 2^-10: an
+    largest q to bfloat16 has. Where they have 4 or 2 bits, by 1.15 * 2^-12 or 1.69 * 2^-10: an
     error of y of 1 to 2 % of the format's own, with outlier channels and tokens too; of 6 to 10 %
     where one channel decides alone, whose extremes codes hold exactly.
 

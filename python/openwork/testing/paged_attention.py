@@ -134,9 +134,9 @@ def _op(q: Tensor, pages: KVPages, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.paged_attention(q, pages, return_lse=True, **kwargs)
 
 
-# Half a step of two digits, where the largest number is 1: over codes of 8 and 3 bits, and of those
-# whose numbers share a digit.
-_HALF_STEP = {8: 0.5 / 32639, 4: 8 / 30464, 3: 0.5 / 32639, 2: 32 / 24320}
+# What two digits round by, where the largest number is 1: half a step, or what sharing a digit with
+# others takes.
+_ROUNDING = {8: 0.5 / 32639, 4: 8.5 / 30464, 3: 0.5 / 32639, 2: 40 / 24320}
 
 
 def _digit_error(dtype: torch.dtype, fmt: KVFormat, side: Any, n: int) -> Tensor:
@@ -144,7 +144,7 @@ def _digit_error(dtype: torch.dtype, fmt: KVFormat, side: Any, n: int) -> Tensor
     if dtype != torch.bfloat16 or fmt.dense or fmt.codebook or fmt.outliers:
         return torch.zeros(())
     # Codes past the last share digits with those before.
-    most = -(-n // 16) * 16 * (2**fmt.bits - 1) / 2 * _HALF_STEP[fmt.bits]
+    most = -(-n // 16) * 16 * (2**fmt.bits - 1) / 2 * _ROUNDING[fmt.bits]
     error: Tensor = most * side.scales.float().abs().nan_to_num().max()
     return error
 
@@ -178,8 +178,8 @@ def _tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tensor, Te
         )
         parts = pages.values.scales.float().abs() * top + pages.values.mins.float().abs()
         reach = reach + 2 * parts.nan_to_num().max()
-    # Two digits of q * scale and of weight * scale, of up to 256 tokens together: half a step each,
-    # and as far from the middle as a code can be.
+    # Digits of q * scale and of weight * scale, of up to 256 tokens together: each rounded, and as
+    # far from the middle as a code can be.
     score_error, value_error = (
         _digit_error(q.dtype, fmt, side, n)
         for fmt, side, n in (
