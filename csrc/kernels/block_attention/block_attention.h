@@ -26,9 +26,9 @@
 // last queries of a long sequence, a narrow window), each tile lays out what it reads. Heads of a
 // group share a tile where one head would not fill it.
 //
-// Weights are e^(s - m), with m a maximum of the row so far; m moves only when a score exceeds it by
-// kSlack (in powers of two), and the output is rescaled only then. Sums are fp32; the tiers for bf16
-// round weights to bf16.
+// Weights are e^(s - m), with m a maximum of the row so far; m moves only when a score exceeds it
+// by kSlack (in powers of two), and the output is rescaled only then. Sums are fp32; the tiers for
+// bf16 round weights to bf16.
 //
 // Column sums need the last lse: the weights of a tile are kept, times e^(m - lse) of their time.
 #pragma once

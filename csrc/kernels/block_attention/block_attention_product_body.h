@@ -67,8 +67,10 @@ void multiply_rows(const Product<typename E::Element>& p, int64_t row, int64_t l
 
 template <class E, int kV>
 void multiply_lanes(const Product<typename E::Element>& p, int64_t lane) {
+  // Few columns leave registers for more rows, of which then none are left over.
+  constexpr int kR = 2 * kV <= E::kVectors ? 8 : E::kRows;
   int64_t row = 0;
-  for (; row + E::kRows <= p.rows; row += E::kRows) multiply_rows<E, E::kRows, kV>(p, row, lane);
+  for (; row + kR <= p.rows; row += kR) multiply_rows<E, kR, kV>(p, row, lane);
   // 32 keys, or dimensions in multiples of 16: an even number is left.
   if (p.rows - row == 4) multiply_rows<E, 4, kV>(p, row, lane);
   if (p.rows - row == 2) multiply_rows<E, 2, kV>(p, row, lane);
