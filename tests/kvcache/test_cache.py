@@ -18,7 +18,10 @@ from openwork.kvcache import (
     AdaKV,
     Cache,
     Format,
+    Held,
     KeepAll,
+    LayerCache,
+    LayerPolicy,
     LServe,
     MixedPrecision,
     Policy,
@@ -30,6 +33,7 @@ from openwork.kvcache import (
     kivi,
 )
 from openwork.models import Llama
+from openwork.models.llama import dense_attention
 
 from .prompts import probabilities
 
@@ -295,3 +299,32 @@ def test_a_choice_of_pages_serves_some_steps_in_layers_that_choose(
         cache = Cache(model, ALL, batch=2, policy=policy, page_size=32)
         logits(model, cache, [PROMPT, *[1] * 9])
         assert asked == expected
+
+
+@pytest.mark.parametrize("t", [1, 3, 12])
+@pytest.mark.parametrize("format", [Format(), Format(exact_first=4), Format(rotate="read")])
+def test_policies_see_what_steps_attended_to(model: Llama, format: Format, t: int) -> None:
+    """Of everything: tokens that are kept apart have their share."""
+    h, g, d, n = 6, 2, 16, 30
+    seen: list[Tensor] = []
+
+    class Watching(LayerPolicy):
+        def trim(self, held: Held) -> Tensor | None:
+            seen.append(held.columns())
+            return None
+
+    layer = LayerCache(
+        2, h, g, d, 64, format=format, policy=Watching(), page_size=32, dtype=torch.float32,
+        rope=model.rope(0, 64),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    qkv = torch.randn(2, n + t, h + 2 * g, d)
+    for part in (slice(0, n), slice(n, n + t)):
+        layer(qkv[:, part], *(x[part] for x in model.rope(0, n + t)), dense_attention_of)
+    q, keys = (ops.rope(x, *model.rope(0, n + t)) for x in (qkv[:, :, :h], qkv[:, :, h : h + g]))
+    p = probabilities(q[:, n:], keys.transpose(1, 2)).sum(2)
+    assert torch.allclose(seen[-1].double(), p[..., format.exact_first :], atol=1e-5)
+
+
+def dense_attention_of(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return dense_attention(q, keys, values).view(q.shape)
