@@ -186,6 +186,28 @@ def test_rotation_by_place(model: Llama) -> None:
             del held[sinks]
 
 
+def test_streams_past_the_context() -> None:
+    """By place no distance is longer than the cache, so the text has no end (StreamingLLM)."""
+    tokens = torch.randint(0, 320, (1, 200), generator=torch.Generator().manual_seed(7))
+    streams = []
+    for context in (64, 1024):
+        model = random_model(context_length=context)
+        cache = Cache(model, 1000, format=Format(rotate="place"), policy=Recency(4, 28))
+        with torch.inference_mode():
+            parts = tokens.split([50, 1, 3, *[1] * 20, 8, 30, 1, *[1] * 80, 7], dim=1)
+            streams.append(torch.cat([model(part, cache) for part in parts], 1))
+        assert cache.length == 200 and (cache.held == 32).all() and cache.position == 32
+    assert torch.equal(*streams)
+    small = random_model(context_length=64)
+    whole = Cache(small, 1000, format=Format(rotate="place"))
+    with torch.inference_mode():
+        small(tokens[:, :40], whole)
+        with pytest.raises(ValueError, match="context_length = 64 expected, got 65"):
+            small(tokens[:, 40:65], whole)
+    with pytest.raises(ValueError, match="context_length = 64 expected, got 1000"):
+        Cache(small, 1000, policy=Recency(4, 28))
+
+
 def test_compensation_is_merged(model: Llama) -> None:
     """Exact where all that is dropped is one key and one value; pages alone are not."""
     h, g, d, n = 6, 2, 16, 40
