@@ -18,7 +18,10 @@ from openwork.kvcache import (
     AdaKV,
     Cache,
     Format,
+    Held,
     KeepAll,
+    LayerCache,
+    LayerPolicy,
     LServe,
     MixedPrecision,
     Policy,
@@ -30,6 +33,7 @@ from openwork.kvcache import (
     kivi,
 )
 from openwork.models import Llama
+from openwork.models.llama import dense_attention
 
 from .prompts import probabilities
 
@@ -182,6 +186,28 @@ def test_rotation_by_place(model: Llama) -> None:
             del held[sinks]
 
 
+def test_streams_past_the_context() -> None:
+    """By place no distance is longer than the cache, so the text has no end (StreamingLLM)."""
+    tokens = torch.randint(0, 320, (1, 200), generator=torch.Generator().manual_seed(7))
+    streams = []
+    for context in (64, 1024):
+        model = random_model(context_length=context)
+        cache = Cache(model, 1000, format=Format(rotate="place"), policy=Recency(4, 28))
+        with torch.inference_mode():
+            parts = tokens.split([50, 1, 3, *[1] * 20, 8, 30, 1, *[1] * 80, 7], dim=1)
+            streams.append(torch.cat([model(part, cache) for part in parts], 1))
+        assert cache.length == 200 and (cache.held == 32).all() and cache.position == 32
+    assert torch.equal(*streams)
+    small = random_model(context_length=64)
+    whole = Cache(small, 1000, format=Format(rotate="place"))
+    with torch.inference_mode():
+        small(tokens[:, :40], whole)
+        with pytest.raises(ValueError, match="context_length = 64 expected, got 65"):
+            small(tokens[:, 40:65], whole)
+    with pytest.raises(ValueError, match="context_length = 64 expected, got 1000"):
+        Cache(small, 1000, policy=Recency(4, 28))
+
+
 def test_compensation_is_merged(model: Llama) -> None:
     """Exact where all that is dropped is one key and one value; pages alone are not."""
     h, g, d, n = 6, 2, 16, 40
@@ -295,3 +321,32 @@ def test_a_choice_of_pages_serves_some_steps_in_layers_that_choose(
         cache = Cache(model, ALL, batch=2, policy=policy, page_size=32)
         logits(model, cache, [PROMPT, *[1] * 9])
         assert asked == expected
+
+
+@pytest.mark.parametrize("t", [1, 3, 12])
+@pytest.mark.parametrize("format", [Format(), Format(exact_first=4), Format(rotate="read")])
+def test_policies_see_what_steps_attended_to(model: Llama, format: Format, t: int) -> None:
+    """Of everything: tokens that are kept apart have their share."""
+    h, g, d, n = 6, 2, 16, 30
+    seen: list[Tensor] = []
+
+    class Watching(LayerPolicy):
+        def trim(self, held: Held) -> Tensor | None:
+            seen.append(held.columns())
+            return None
+
+    layer = LayerCache(
+        2, h, g, d, 64, format=format, policy=Watching(), page_size=32, dtype=torch.float32,
+        rope=model.rope(0, 64),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    qkv = torch.randn(2, n + t, h + 2 * g, d)
+    for part in (slice(0, n), slice(n, n + t)):
+        layer(qkv[:, part], *(x[part] for x in model.rope(0, n + t)), dense_attention_of)
+    q, keys = (ops.rope(x, *model.rope(0, n + t)) for x in (qkv[:, :, :h], qkv[:, :, h : h + g]))
+    p = probabilities(q[:, n:], keys.transpose(1, 2)).sum(2)
+    assert torch.allclose(seen[-1].double(), p[..., format.exact_first :], atol=1e-5)
+
+
+def dense_attention_of(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return dense_attention(q, keys, values).view(q.shape)

@@ -25,6 +25,10 @@ class GrowingCache:
         self.length, self.reserved = 0, 0
         self.attend: Sequence[Attend] = [self._layer(layer) for layer in model.layers]
 
+    @property
+    def position(self) -> int:
+        return self.length
+
     def reserve(self, batch: int, t: int) -> None:
         self.reserved += t
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,25 @@ def test_latent_attention_of_a_model(isa: str, dtype: torch.dtype) -> None:
     expected = decode_attention_reference(q, latent, latent[..., :512], 290, 0.1)
     o = ops.decode_attention(q, latent, latent[..., :512], 290, 0.1)
     assert (o - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 2.0**-6)
+
+
+_COLUMN_SUMS = """
+import resource, sys
+import torch
+from openwork import ops
+n = int(sys.argv[1])
+q, k = torch.randn(1, n, 2, 32), torch.randn(1, n, 1, 32)
+ops.block_attention(q[:, :64], k[:, :64], k[:, :64], scores="all")  # what a first call takes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.block_attention(q, k, k, return_lse=True, scores="all")
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_column_sums_take_memory_for_the_tokens_alone() -> None:
+    """Of 8192 tokens the attention matrix would take 512 MiB."""
+    n = 8192
+    run = [sys.executable, "-c", _COLUMN_SUMS, str(n)]
+    grown = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    # The inputs again, laid out, the results, and weights of 64 queries.
+    assert grown < 16 * n * 4 * 3 * 32

@@ -30,7 +30,8 @@ class _Probe:
     """A cache that holds nothing."""
 
     def __init__(self, model: Llama, observe: Observer) -> None:
-        self.length, config = 0, model.config
+        self.length = self.position = 0
+        config = model.config
         self.attend: Sequence[Attend] = [
             _attend(index, config.heads_of(index), config.shape_of(index).kv_heads, observe)
             for index in range(config.layers)

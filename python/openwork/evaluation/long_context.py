@@ -183,6 +183,10 @@ class SharedPrompt:
         for cache in self._caches:
             cache.length = length
 
+    @property
+    def position(self) -> int:
+        return self.length
+
     def reserve(self, batch: int, t: int) -> None:
         for cache in self._caches:
             if cache.length:

@@ -34,7 +34,8 @@ class Cache:
 
     Args:
         model: what it is a cache of.
-        max_len: tokens it can see; memory is taken for those that are held.
+        max_len: tokens it can see; memory is taken for those that are held. With rotation by place
+            these alone must fit the model's context, so that it may read on without an end.
         batch: sequences, all of one length.
         format: how keys and values are stored: one for all layers, or one for each.
         policy: which tokens are kept and read.
@@ -43,7 +44,7 @@ class Cache:
             the policy then see a step, or a prompt, when the next one comes.
 
     Attributes:
-        length: tokens seen, the position of the next one.
+        length: tokens seen.
         layers: a :class:`LayerCache` each.
 
     Example:
@@ -87,7 +88,7 @@ class Cache:
                 page_size=page_size,
                 dtype=model.dtype,
                 drafts=drafts,
-                rope=model.rope(0, max_len),
+                rope=_rope(model, formats[index], max_len),
             )
             for index in range(config.layers)
         ]
@@ -95,6 +96,13 @@ class Cache:
             _attend(layer, held)
             for layer, held in zip(cast(Iterable[Layer], model.layers), self.layers, strict=True)
         ]
+
+    @property
+    def position(self) -> int:
+        """By which the next token is rotated: tokens seen, or those held with rotation by place."""
+        first = self.layers[0]
+        by_place = first.format.rotate == "place"
+        return int(first.lengths.max()) if by_place else self.length
 
     @property
     def held(self) -> Tensor:
@@ -217,6 +225,12 @@ def roll_back(layers: Sequence[LayerCache], n: int) -> None:
         )
     for layer in layers:
         layer.rollback(n)
+
+
+def _rope(model: Llama, format: Format, max_len: int) -> tuple[Tensor, Tensor]:
+    """The tables of all positions, or of the places that there can be."""
+    by_place = format.rotate == "place"
+    return model.rope(0, min(max_len, model.config.context_length) if by_place else max_len)
 
 
 def _attend(layer: Layer, held: LayerCache) -> Attend:

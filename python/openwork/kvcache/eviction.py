@@ -49,7 +49,8 @@ class Recency(_Eviction):
         recent: last tokens to keep.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023. There
-    keys are rotated by their place in the cache; give the cache ``rotate="place"`` for that.
+    keys are rotated by their place in the cache; give the cache ``rotate="place"`` for that, and
+    for texts that are longer than the model's context.
     """
 
     sinks: int = 4

@@ -51,8 +51,8 @@ class LayerCache:
         page_size: tokens of a page: 32, 64 or 128.
         dtype: of queries, keys and values.
         drafts: tokens of a step that :meth:`rollback` takes back without a trace.
-        rope: cos and sin of every position, ``[max_len, head_dim / 2]`` float32 each, for formats
-            that rotate when reading.
+        rope: cos and sin of every position, ``[max_len, head_dim / 2]`` float32 each, or of every
+            place there will be, for formats that rotate when reading.
 
     Attributes:
         pages: the tokens held. Row ``s * kv_heads + g`` is a sequence of one head there, since

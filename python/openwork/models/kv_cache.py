@@ -31,10 +31,14 @@ class LayeredCache(Protocol):
     """A cache that :class:`~openwork.models.Llama` can run with.
 
     Attributes:
-        length: tokens seen, whether they are still held or not: the next one's position.
+        length: tokens seen, whether they are still held or not.
     """
 
     length: int
+
+    @property
+    def position(self) -> int:
+        """By which the next token is rotated: ``length``, unless the cache says otherwise."""
 
     @property
     def attend(self) -> Sequence[Attend]:
@@ -78,6 +82,10 @@ class KVCache:
             self.keys, self.values = (
                 tuple(part.transpose(0, 1) for part in half.split(heads)) for half in whole
             )
+
+    @property
+    def position(self) -> int:
+        return self.length
 
     def reserve(self, batch: int, t: int) -> None:
         """Check that ``t`` more tokens of ``batch`` sequences fit.

@@ -288,7 +288,7 @@ class Llama(nn.Module):
             )
         t = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        cos, sin = self.rope(start, t)
+        cos, sin = self.rope(0 if cache is None else cache.position, t)
         x = self.embed(tokens)
         if cache is None:
             for layer in self.layers:
