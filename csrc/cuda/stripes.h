@@ -1,4 +1,4 @@
-// Work cut evenly over the blocks that a GPU holds at once, whatever the sizes.
+// Work cut evenly over blocks, as many as a GPU holds at once, whatever the sizes.
 //
 //   tiles of a result, each a sum over steps:
 //

@@ -12,20 +12,21 @@ struct Call {
   int32_t bits, digits;
   FloatType type;
   bool zeros;
-  int multiprocessors;  // the fewer, the fewer cuts
+  int multiprocessors;  // the more, the more cuts
 };
 
-// Few rows, up to 16, and more; groups of half a block to all of k; tiles whole and cut.
+// Few rows, up to 16, and more; groups of half a block to all of k; tiles whole, cut within, and
+// cut where a block has more than one.
 constexpr Call kCalls[] = {
     {3, 70, 300, 16, 4, 0, FloatType::f16, true, 2},
     {8, 33, 260, 32, 8, 0, FloatType::bf16, true, 1},
     {5, 64, 800, 800, 8, 1, FloatType::f32, true, 3},
     {1, 40, 320, 64, 3, 3, FloatType::f32, false, 2},
-    {2, 96, 512, 128, 2, 0, FloatType::f16, false, 1},
-    {11, 70, 300, 16, 3, 0, FloatType::bf16, true, 1},
+    {2, 96, 512, 128, 2, 0, FloatType::f16, false, 5},
+    {11, 70, 200, 16, 3, 0, FloatType::bf16, true, 9},
     {16, 130, 512, 64, 8, 1, FloatType::bf16, true, 1},
     {12, 40, 100, 32, 4, 3, FloatType::f32, true, 1},
-    {70, 40, 300, 64, 4, 0, FloatType::f16, true, 3},
+    {130, 40, 300, 64, 4, 0, FloatType::f16, true, 1},
     {33, 33, 600, 600, 4, 1, FloatType::f16, false, 1},
     {20, 33, 100, 16, 2, 1, FloatType::f32, true, 1},
 };

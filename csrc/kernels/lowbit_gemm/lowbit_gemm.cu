@@ -15,13 +15,26 @@ LowbitGemmShape shape_for(const LowbitGemmArgs& args) {
   return args.m <= kTileShape16.rows ? kTileShape16 : kTileShape64;
 }
 
+// Blocks of threads. The parts of cut tiles take a second kernel, which beside a product of few
+// rows is not short: tiles are cut where whole ones would leave much of the GPU idle. That is less
+// than 7/8 of the blocks it holds at once; or, for the kernel that only waits for memory, of which
+// one block a multiprocessor has enough on its way, less than 3/4 of the multiprocessors.
+int64_t blocks_for(const LowbitGemmShape& shape, int64_t tiles, int64_t steps,
+                   int64_t multiprocessors) {
+  const int64_t held = multiprocessors * shape.blocks;
+  const bool fills = 8 * tiles >= 7 * held * div_up(tiles, held);
+  const bool reads = shape.rows == kRowsShape.rows && 4 * tiles >= 3 * multiprocessors;
+  if (fills || reads) return tiles;
+  const int64_t most = tiles * steps / shape.least_steps;
+  return min_of(most > 1 ? most : 1, held);
+}
+
 LowbitGemmTask task_for(const LowbitGemmArgs& args, int multiprocessors) {
   const LowbitGemmShape shape = shape_for(args);
   const int64_t row_tiles = div_up(args.m, shape.rows);
   const int64_t tiles = div_up(args.n, shape.outputs) * row_tiles;
   const int64_t steps = div_up(args.k_padded / kBlockK, shape.step_blocks);
-  const int64_t most = tiles * steps / shape.least_steps;
-  const int64_t blocks = min_of(most > 1 ? most : 1, multiprocessors * int64_t{shape.blocks});
+  const int64_t blocks = blocks_for(shape, tiles, steps, multiprocessors);
   return {args, {tiles, steps, blocks}, row_tiles, nullptr};
 }
 

@@ -147,6 +147,22 @@ OW_DEVICE void load_tokens(uint32_t (&b)[4], const NmRows& x, int64_t m, int pie
   }
 }
 
+// The B of both steps of a tile for all tokens.
+struct NmTokens {
+  uint32_t b[2][kNmFewRows / 8][4];
+
+  OW_DEVICE void load(const NmRows& x, int64_t m, int column, int lane) {
+    OW_UNROLL
+    for (int step = 0; step < 2; ++step) {
+      OW_UNROLL
+      for (int eight = 0; eight < kNmFewRows / 8; ++eight) {
+        if (eight * 8 >= m) continue;
+        load_tokens(b[step][eight], x, m, 0, eight * 8, column + step * kNmStep, lane);
+      }
+    }
+  }
+};
+
 // Adds the sums of all warps, and stores the panel.
 OW_DEVICE void store_panel(const NmGemmArgs& a, const float (&sums)[kNmFewRows / 8][4],
                            int64_t panel) {
@@ -183,6 +199,9 @@ __global__ void __launch_bounds__(kNmFewThreads, Stream::kBlocks)
   float total[kNmFewRows / 8][4] = {};
   weights.begin(a, warp, tiles);
   for (int tile = warp; tile < tiles; tile += kNmFewWarps) {
+    // Where x is in one piece it is on its way while weights are waited for.
+    NmTokens tokens;
+    if constexpr (kXPieces == 1) tokens.load(x, a.m, tile * kNmTile, lane);
     weights.take(a, tile, tiles);
     OW_UNROLL
     for (int step = 0; step < 2; ++step) {
@@ -194,8 +213,8 @@ __global__ void __launch_bounds__(kNmFewThreads, Stream::kBlocks)
         if (eight * 8 >= a.m) continue;
         OW_UNROLL
         for (int x_piece = 0; x_piece < kXPieces; ++x_piece) {
-          uint32_t b[4];
-          load_tokens(b, x, a.m, x_piece, eight * 8, column, lane);
+          uint32_t(&b)[4] = tokens.b[step][eight];
+          if constexpr (kXPieces != 1) load_tokens(b, x, a.m, x_piece, eight * 8, column, lane);
           OW_UNROLL
           for (int piece = 0; piece < Stream::kPieces; ++piece) {
             if (nm_counts(x_piece, piece)) multiply(d[eight], w, piece, step, b);

@@ -40,7 +40,7 @@ const char* launch_error_text(int error) {
                                                : "no error";
 }
 int compute_capability(int) { return setting("OPENWORK_EMULATED_CAPABILITY", 80); }
-// Few, so that small sizes are cut too.
-int multiprocessors(int) { return 2; }
+// More than small sizes have tiles for, which are cut then.
+int multiprocessors(int) { return 4; }
 
 }  // namespace ow
