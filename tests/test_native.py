@@ -78,7 +78,7 @@ def test_layout_tags_are_named_and_versioned() -> None:
     tags = openwork.layouts()
     assert len(set(tags)) == len(tags)
     for tag in tags:
-        assert re.fullmatch(r"(w\d|nm\d+|bitmask|blocks|columns\d?)_n\d+k\d+@\d+", tag)
+        assert re.fullmatch(r"(w\d|nm\d+|bitmask|bytes|blocks|columns\d?)_n\d+k\d+@\d+", tag)
 
 
 def test_kernels_stay_under_the_tier(isa: str) -> None:

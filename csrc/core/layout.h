@@ -11,6 +11,7 @@
   X(w4_n32k8, 1, lowbit, 4)            \
   X(w8_n32k4, 1, lowbit, 8)            \
   X(bitmask_n16k64, 1, sparse, 0)      \
+  X(bytes_n16k256, 1, sparse, 0)       \
   X(blocks_n16k16, 1, block_sparse, 0) \
   X(blocks_n32k32, 1, block_sparse, 0) \
   X(blocks_n64k64, 1, block_sparse, 0) \

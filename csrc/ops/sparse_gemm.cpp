@@ -7,7 +7,13 @@
 namespace ow {
 namespace {
 
-constexpr Layout kLayout = Layout::bitmask_n16k64;
+Layout check_sparse_layout(const char* op, int64_t layout) {
+  const LayoutInfo* info = layout_info(layout);
+  OW_CHECK(info != nullptr && info->family == LayoutFamily::sparse, op,
+           ": layout must be bitmask_n16k64@1 or bytes_n16k256@1, got ",
+           info == nullptr ? "id " + std::to_string(layout) : std::string(info->text));
+  return info->id;
+}
 
 ValueType check_value_dtype(const char* op, const char* name, const Tensor& tensor) {
   check_defined(op, name, tensor);
@@ -21,14 +27,28 @@ ValueType check_value_dtype(const char* op, const char* name, const Tensor& tens
   }
 }
 
-SparsePattern check_pattern(const char* op, const Tensor& masks, const Tensor& offsets,
-                            int64_t layout, int64_t n, int64_t k) {
-  check_layout_is(op, layout, kLayout);
+// The geometry alone.
+SparsePattern check_geometry(const char* op, int64_t layout, int64_t n, int64_t k) {
+  const Layout known = check_sparse_layout(op, layout);
   check_weight_size(op, n, k);
-  SparsePattern w = sparse_pattern(n, k);
-  check_operand(op, "masks", masks, ScalarType::Long, {w.panels, w.k_blocks, kSparsePanel});
+  return sparse_pattern(n, k, known);
+}
+
+void check_index(const char* op, const char* name, const Tensor& index, const SparsePattern& w,
+                 int64_t nnz) {
+  if (w.block_k == kMaskK) {
+    check_operand(op, name, index, ScalarType::Long, {w.panels, w.k_blocks, kSparsePanel});
+  } else {
+    check_operand(op, name, index, ScalarType::Byte, {index_bytes_of(w, nnz)});
+  }
+}
+
+// The pattern of w's geometry that index and offsets are.
+SparsePattern check_pattern(const char* op, const Tensor& index, const Tensor& offsets,
+                            SparsePattern w, int64_t nnz) {
+  check_index(op, "index", index, w, nnz);
   check_operand(op, "offsets", offsets, ScalarType::Int, {w.panels, w.k_blocks});
-  w.masks = static_cast<const uint64_t*>(masks.const_data_ptr());
+  set_index(&w, index.const_data_ptr());
   w.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
   return w;
 }
@@ -46,11 +66,12 @@ void check_nnz(const char* op, int64_t nnz, int64_t n, int64_t k) {
 }
 
 // The count of values a tensor of them has before its padding.
-int64_t check_values(const char* op, const Tensor& values) {
-  OW_CHECK(values.dim() == 1 && values.size(0) >= kSparseBlockSize, op,
-           ": values must be [nnz + 1024], got ", shape_text(values));
+int64_t check_values(const char* op, const Tensor& values, const SparsePattern& w) {
+  const int64_t padding = block_size_of(w);
+  OW_CHECK(values.dim() == 1 && values.size(0) >= padding, op, ": values must be [nnz + ", padding,
+           "], got ", shape_text(values));
   check_contiguous(op, "values", values);
-  const int64_t nnz = values.size(0) - kSparseBlockSize;
+  const int64_t nnz = values.size(0) - padding;
   OW_CHECK(nnz < int64_t{1} << 31, op, ": values must be fewer than 2^31, got ", nnz);
   return nnz;
 }
@@ -60,7 +81,7 @@ Tensor multiply(const char* op, const Tensor& x_any, const Tensor& values, const
   Tensor y = linear_result(op, x_any, w.n, bias, add);
   SparseGemmArgs args{};
   args.w = w;
-  args.nnz = values.size(0) - kSparseBlockSize;
+  args.nnz = values.size(0) - block_size_of(w);
   check_offsets_inside(op, w, args.nnz);
   args.m = y.numel() / w.n;
   if (args.m == 0) return y;
@@ -80,37 +101,39 @@ Tensor multiply(const char* op, const Tensor& x_any, const Tensor& values, const
   return y;
 }
 
-Tensor sparse_linear(const Tensor& x, const Tensor& masks, const Tensor& offsets,
+Tensor sparse_linear(const Tensor& x, const Tensor& index, const Tensor& offsets,
                      const Tensor& values, const std::optional<Tensor>& scales,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
                      int64_t layout, int64_t n, int64_t k) {
   constexpr const char* kOp = "sparse_linear";
   check_linear_x(kOp, x, k);
   check_value_dtype(kOp, "values", values);
-  check_values(kOp, values);
-  const SparsePattern w = check_pattern(kOp, masks, offsets, layout, n, k);
+  const SparsePattern size = check_geometry(kOp, layout, n, k);
+  const int64_t nnz = check_values(kOp, values, size);
+  const SparsePattern w = check_pattern(kOp, index, offsets, size, nnz);
   if (scales.has_value()) check_operand(kOp, "scales", *scales, ScalarType::Float, {n});
   return multiply(kOp, x, values, or_null(scales), or_null(bias), or_null(add), w);
 }
 
 // The same with trainable values; its autograd formula (python/openwork/ops/sparse.py) reads the
-// transposed weight: t_masks, t_offsets, and values[order].
-Tensor sparse_linear_train(const Tensor& x, const Tensor& values, const Tensor& masks,
-                           const Tensor& offsets, const Tensor& t_masks, const Tensor& t_offsets,
+// transposed weight: t_index, t_offsets, and values[order].
+Tensor sparse_linear_train(const Tensor& x, const Tensor& values, const Tensor& index,
+                           const Tensor& offsets, const Tensor& t_index, const Tensor& t_offsets,
                            const Tensor& order, int64_t layout, int64_t n, int64_t k) {
   constexpr const char* kOp = "sparse_linear_train";
   check_linear_x(kOp, x, k);
   check_dtype(kOp, "values", values, ScalarType::Float);
-  const int64_t nnz = check_values(kOp, values);
-  const SparsePattern w = check_pattern(kOp, masks, offsets, layout, n, k);
-  const SparsePattern t = sparse_pattern(k, n);
-  check_operand(kOp, "t_masks", t_masks, ScalarType::Long, {t.panels, t.k_blocks, kSparsePanel});
+  const SparsePattern size = check_geometry(kOp, layout, n, k);
+  const int64_t nnz = check_values(kOp, values, size);
+  const SparsePattern w = check_pattern(kOp, index, offsets, size, nnz);
+  const SparsePattern t = check_geometry(kOp, layout, k, n);
+  check_index(kOp, "t_index", t_index, t, nnz);
   check_operand(kOp, "t_offsets", t_offsets, ScalarType::Int, {t.panels, t.k_blocks});
-  check_operand(kOp, "order", order, ScalarType::Long, {nnz + kSparseBlockSize});
+  check_operand(kOp, "order", order, ScalarType::Long, {nnz + block_size_of(t)});
   return multiply(kOp, x, values, nullptr, nullptr, nullptr, w);
 }
 
-Tensor sparse_values_grad(const Tensor& g_any, const Tensor& x_any, const Tensor& masks,
+Tensor sparse_values_grad(const Tensor& g_any, const Tensor& x_any, const Tensor& index,
                           const Tensor& offsets, int64_t nnz, int64_t layout, int64_t n,
                           int64_t k) {
   constexpr const char* kOp = "sparse_values_grad";
@@ -123,18 +146,18 @@ Tensor sparse_values_grad(const Tensor& g_any, const Tensor& x_any, const Tensor
     OW_CHECK(g_any.size(d) == x_any.size(d), kOp, ": g must have the rows of x, ",
              shape_text(x_any), ", got ", shape_text(g_any));
   }
-  check_layout_is(kOp, layout, kLayout);
-  check_weight_size(kOp, n, k);
+  const SparsePattern size = check_geometry(kOp, layout, n, k);
   check_nnz(kOp, nnz, n, k);
   SampledGemmArgs args{};
-  args.w = check_pattern(kOp, masks, offsets, layout, n, k);
+  args.w = check_pattern(kOp, index, offsets, size, nnz);
   check_offsets_inside(kOp, args.w, nnz);
   const Tensor g = as_contiguous(g_any);
   const Tensor x = as_contiguous(x_any);
   args.m = g.numel() / n;
-  Tensor grad = fast_empty({nnz + kSparseBlockSize}, ScalarType::Float);
+  const int64_t count = nnz + block_size_of(size);
+  Tensor grad = fast_empty({count}, ScalarType::Float);
   args.grad = static_cast<float*>(grad.mutable_data_ptr());
-  memset(args.grad, 0, size_t(nnz + kSparseBlockSize) * sizeof(float));
+  memset(args.grad, 0, size_t(count) * sizeof(float));
   if (args.m == 0) return grad;
   const Isa isa = active_isa();
   const int64_t floats = sampled_gemm_scratch(args.m, args.w, isa);
@@ -146,7 +169,7 @@ Tensor sparse_values_grad(const Tensor& g_any, const Tensor& x_any, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> compress_sparse_op(const Tensor& weight_any,
                                                       const std::optional<Tensor>& mask_any,
-                                                      int64_t nnz) {
+                                                      int64_t nnz, int64_t layout) {
   constexpr const char* kOp = "compress_sparse";
   SparsePackArgs args{};
   args.type = check_value_dtype(kOp, "weight", weight_any);
@@ -164,31 +187,35 @@ std::tuple<Tensor, Tensor, Tensor> compress_sparse_op(const Tensor& weight_any,
     args.keep = static_cast<const uint8_t*>(mask->const_data_ptr());
   }
   check_nnz(kOp, nnz, args.n, args.k);
-  SparsePattern w = sparse_pattern(args.n, args.k);
-  Tensor masks = fast_empty({w.panels, w.k_blocks, kSparsePanel}, ScalarType::Long);
+  SparsePattern w = sparse_pattern(args.n, args.k, check_sparse_layout(kOp, layout));
   Tensor offsets = fast_empty({w.panels, w.k_blocks}, ScalarType::Int);
+  w.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
   const Parallel parallel = torch_parallel();
   const int64_t stored =
-      sparse_pattern_of(args, static_cast<uint64_t*>(masks.mutable_data_ptr()),
-                        static_cast<int32_t*>(offsets.mutable_data_ptr()), parallel);
+      sparse_offsets_of(args, w, static_cast<int32_t*>(offsets.mutable_data_ptr()), parallel);
   OW_CHECK(stored == nnz, kOp, ": nnz must be the number of stored elements, ", stored, ", got ",
            nnz);
-  Tensor values = fast_empty({nnz + kSparseBlockSize}, weight.scalar_type());
+  Tensor index = w.block_k == kMaskK
+                     ? fast_empty({w.panels, w.k_blocks, kSparsePanel}, ScalarType::Long)
+                     : fast_empty({index_bytes_of(w, nnz)}, ScalarType::Byte);
+  memset(index.mutable_data_ptr(), 0, size_t(index_bytes_of(w, nnz)));
+  sparse_index_of(args, w, index.mutable_data_ptr(), parallel);
+  set_index(&w, index.const_data_ptr());
+  Tensor values = fast_empty({nnz + block_size_of(w)}, weight.scalar_type());
   const int64_t size = value_size(args.type);
   uint8_t* out = static_cast<uint8_t*>(values.mutable_data_ptr());
-  memset(out + nnz * size, 0, size_t(kSparseBlockSize * size));
-  w.masks = static_cast<const uint64_t*>(masks.const_data_ptr());
-  w.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  memset(out + nnz * size, 0, size_t(block_size_of(w) * size));
   sparse_values_of(args, w, out, parallel);
-  return {masks, offsets, values};
+  return {index, offsets, values};
 }
 
-Tensor expand_sparse_op(const Tensor& masks, const Tensor& offsets, const Tensor& values,
+Tensor expand_sparse_op(const Tensor& index, const Tensor& offsets, const Tensor& values,
                         int64_t layout, int64_t n, int64_t k) {
   constexpr const char* kOp = "expand_sparse";
   const ValueType type = check_value_dtype(kOp, "values", values);
-  const int64_t nnz = check_values(kOp, values);
-  const SparsePattern w = check_pattern(kOp, masks, offsets, layout, n, k);
+  const SparsePattern size = check_geometry(kOp, layout, n, k);
+  const int64_t nnz = check_values(kOp, values, size);
+  const SparsePattern w = check_pattern(kOp, index, offsets, size, nnz);
   check_offsets_inside(kOp, w, nnz);
   Tensor weight = fast_empty({n, k}, values.scalar_type());
   expand_sparse(w, type, values.const_data_ptr(), weight.mutable_data_ptr(), torch_parallel());
@@ -200,19 +227,19 @@ Tensor expand_sparse_op(const Tensor& masks, const Tensor& offsets, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openwork, m) {
   m.def(
-      "sparse_linear(Tensor x, Tensor masks, Tensor offsets, Tensor values, Tensor? scales, "
+      "sparse_linear(Tensor x, Tensor index, Tensor offsets, Tensor values, Tensor? scales, "
       "Tensor? bias, Tensor? add, int layout, int n, int k) -> Tensor");
   m.def(
-      "sparse_linear_train(Tensor x, Tensor values, Tensor masks, Tensor offsets, Tensor t_masks, "
+      "sparse_linear_train(Tensor x, Tensor values, Tensor index, Tensor offsets, Tensor t_index, "
       "Tensor t_offsets, Tensor order, int layout, int n, int k) -> Tensor");
   m.def(
-      "sparse_values_grad(Tensor g, Tensor x, Tensor masks, Tensor offsets, int nnz, int layout, "
+      "sparse_values_grad(Tensor g, Tensor x, Tensor index, Tensor offsets, int nnz, int layout, "
       "int n, int k) -> Tensor");
   m.def(
-      "compress_sparse(Tensor weight, Tensor? mask, int nnz) -> "
-      "(Tensor masks, Tensor offsets, Tensor values)");
+      "compress_sparse(Tensor weight, Tensor? mask, int nnz, int layout) -> "
+      "(Tensor index, Tensor offsets, Tensor values)");
   m.def(
-      "expand_sparse(Tensor masks, Tensor offsets, Tensor values, int layout, int n, int k) -> "
+      "expand_sparse(Tensor index, Tensor offsets, Tensor values, int layout, int n, int k) -> "
       "Tensor");
 }
 

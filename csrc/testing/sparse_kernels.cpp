@@ -37,22 +37,23 @@ ValueType value_type_of(const py::array& weight) {
 }
 
 struct PackedSparse {
-  std::vector<uint64_t> masks;
+  std::vector<uint64_t> index;  // of either layout: words are aligned as masks must be
   std::vector<int32_t> offsets;
   std::vector<uint8_t> values;
   SparsePattern pattern;
 
-  PackedSparse(const py::array& weight, const Array<uint8_t>& keep)
-      : pattern(sparse_pattern(weight.shape(0), weight.shape(1))) {
-    masks.resize(size_t(pattern.panels * pattern.k_blocks * kSparsePanel));
+  PackedSparse(const py::array& weight, const Array<uint8_t>& keep, int32_t layout)
+      : pattern(sparse_pattern(weight.shape(0), weight.shape(1), Layout(layout))) {
     offsets.resize(size_t(pattern.panels * pattern.k_blocks));
+    pattern.offsets = offsets.data();
     const SparsePackArgs pack{pattern.n, pattern.k, value_type_of(weight), weight.data(),
                               keep.data()};
-    const int64_t nnz = sparse_pattern_of(pack, masks.data(), offsets.data(), serial_parallel());
-    pattern.masks = masks.data();
-    pattern.offsets = offsets.data();
+    const int64_t nnz = sparse_offsets_of(pack, pattern, offsets.data(), serial_parallel());
+    index.resize(size_t(div_up(index_bytes_of(pattern, nnz), 8)));
+    sparse_index_of(pack, pattern, index.data(), serial_parallel());
+    set_index(&pattern, index.data());
     // Poisoned padding: a NaN that reaches a result was read as a value.
-    values.resize(size_t((nnz + kSparseBlockSize) * value_size(pack.type)), 0xff);
+    values.resize(size_t((nnz + block_size_of(pattern)) * value_size(pack.type)), 0xff);
     sparse_values_of(pack, pattern, values.data(), serial_parallel());
   }
 };
@@ -68,17 +69,17 @@ std::vector<float> prepared(const Kernel& kernel, const float* x, int64_t m, int
 void run_sparse_gemm(const std::string& kernel, const Array<float>& x, const py::array& weight,
                      const Array<uint8_t>& keep, const Terms& scales, const Terms& bias,
                      const Terms& add, Array<float> y) {
-  const PackedSparse w(weight, keep);
-  SparseGemmArgs args{};
-  args.m = x.shape(0);
-  args.w = w.pattern;
-  args.values = w.values.data();
-  args.value_type = value_type_of(weight);
-  args.scales = data_or_null(scales);
-  args.bias = data_or_null(bias);
-  args.add = data_or_null(add);
-  args.y = y.mutable_data();
-  const auto run = [&](const SparseGemmKernel& entry) {
+  const auto run = [&](const SparseGemmKernel& entry, int32_t layout) {
+    const PackedSparse w(weight, keep, layout);
+    SparseGemmArgs args{};
+    args.m = x.shape(0);
+    args.w = w.pattern;
+    args.values = w.values.data();
+    args.value_type = value_type_of(weight);
+    args.scales = data_or_null(scales);
+    args.bias = data_or_null(bias);
+    args.add = data_or_null(add);
+    args.y = y.mutable_data();
     const std::vector<float> rows =
         prepared(entry, x.data(), args.m, args.w.k, k_padded_of(args.w));
     args.x = rows.data();
@@ -86,7 +87,7 @@ void run_sparse_gemm(const std::string& kernel, const Array<float>& x, const py:
     entry.run(args, 0, args.w.panels, tile.data());
   };
 #define OW_ROW(isa, key, max_m, entry) \
-  if (kernel == #entry) return run(entry);
+  if (kernel == #entry) return run(entry, key);
   OW_SPARSE_GEMM_KERNELS(OW_ROW)
 #undef OW_ROW
   unknown_kernel(kernel);
@@ -94,9 +95,9 @@ void run_sparse_gemm(const std::string& kernel, const Array<float>& x, const py:
 
 // The gradient as a matrix [n, k], zero where nothing is stored.
 Array<float> run_sampled_gemm(const std::string& kernel, const Array<float>& g,
-                              const Array<float>& x, const Array<uint8_t>& keep) {
+                              const Array<float>& x, const Array<uint8_t>& keep, int32_t layout) {
   Array<float> dense({g.shape(1), x.shape(1)});
-  const PackedSparse w(dense, keep);
+  const PackedSparse w(dense, keep, layout);
   std::vector<float> grad(w.values.size() / sizeof(float));
   const auto run = [&](const SampledGemmKernel& entry) {
     const int64_t n_padded = w.pattern.panels * kSparsePanel;
@@ -201,7 +202,7 @@ void bind_sparse_kernels(py::module_& m) {
         py::arg("keep"), py::arg("scales"), py::arg("bias"), py::arg("add"), py::arg("y"),
         "Writes y [m, n] from the elements of weight [n, k] that keep names.");
   m.def("sampled_gemm", &run_sampled_gemm, py::arg("kernel"), py::arg("g"), py::arg("x"),
-        py::arg("keep"), "(g.T @ x) [n, k] where keep, else 0.");
+        py::arg("keep"), py::arg("layout"), "(g.T @ x) [n, k] where keep, else 0.");
   m.def("block_sparse_gemm", &run_block_sparse_gemm, py::arg("kernel"), py::arg("x"),
         py::arg("weight"), py::arg("block"), py::arg("indptr"), py::arg("indices"), py::arg("bias"),
         py::arg("add"), py::arg("y"), "Writes y [m, n] from the blocks of weight [n, k].");

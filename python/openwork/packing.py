@@ -14,6 +14,7 @@ from . import _host, _native
 _LAYOUTS = _native.layouts()
 # Tags of a family begin with its letters: w4_n32k8@1, nm4_n16k8@1.
 LOWBIT_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("w"))
+SPARSE_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith(("bitmask", "bytes")))
 BLOCK_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("blocks"))
 COLUMN_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("columns"))
 NM_LAYOUTS = tuple(tag for tag in _LAYOUTS if tag.startswith("nm"))
@@ -111,21 +112,25 @@ class PackedWeight(_Grouped):
 class SparseWeight(_Packed):
     """A weight of which any elements are stored. Made by :func:`openwork.compress_sparse`.
 
-    A panel is 16 rows, a block of it 64 columns. Like every layout this one lives in memory only.
+    A panel is 16 rows, a block of it 64 or 256 columns, ``block_k``. Like every layout these live
+    in memory only.
 
     Attributes:
-        masks: ``[ceil(n / 16), ceil(k / 64), 16]`` int64: bit j of row r says that column
-            ``64 b + j`` of row ``16 p + r`` is stored.
-        offsets: ``[ceil(n / 16), ceil(k / 64)]`` int32: where the values of a block begin.
-        values: ``[nnz + 1024]`` float32, bfloat16 or int8: stored elements, block after block, in
-            a block row after row; then zeros.
+        index: which columns the values of a row belong to. ``"bitmask_n16k64@1"``:
+            ``[ceil(n / 16), ceil(k / 64), 16]`` int64, where bit j of row r says that column
+            ``64 b + j`` of row ``16 p + r`` is stored. ``"bytes_n16k256@1"``:
+            ``[32 ceil(n / 16) ceil(k / 256) + nnz + 4096]`` uint8, block after block 16 int16
+            counts of values of a row, then ``column - 256 b`` of each value; then zeros.
+        offsets: ``[ceil(n / 16), ceil(k / block_k)]`` int32: where the values of a block begin.
+        values: ``[nnz + 16 block_k]`` float32, bfloat16 or int8: stored elements, block after
+            block, in a block row after row; then zeros.
         scales: ``[n]`` float32 that rows are multiplied by, or None.
-        layout: tag: ``"bitmask_n16k64@1"``.
+        layout: tag: ``"bitmask_n16k64@1"`` or ``"bytes_n16k256@1"``.
         n: rows (outputs) of the weight.
         k: columns (inputs) of the weight.
     """
 
-    masks: Tensor
+    index: Tensor
     offsets: Tensor
     values: Tensor
     scales: Tensor | None
@@ -134,11 +139,11 @@ class SparseWeight(_Packed):
     k: int
 
     def __post_init__(self) -> None:
-        _check_layout("SparseWeight", self.layout, ("bitmask_n16k64@1",))
+        _check_layout("SparseWeight", self.layout, SPARSE_LAYOUTS)
 
     @property
     def nnz(self) -> int:
-        return self.values.numel() - 1024
+        return self.values.numel() - sparse_padding(self.layout)
 
     @property
     def density(self) -> float:
@@ -261,8 +266,13 @@ def _check_layout(kind: str, layout: str, known: tuple[str, ...], way_out: str =
         raise ValueError(f"{kind}: layout must be one of {', '.join(known)}, got {layout}{way_out}")
 
 
+def sparse_padding(layout: str) -> int:
+    """Zeros after the values of a :class:`SparseWeight`: as many as a block has elements."""
+    return 16 * block_of(layout)
+
+
 def block_of(layout: str) -> int:
-    """Rows and columns of a block of a :class:`BlockSparseWeight`'s layout."""
+    """Columns of a block of a :class:`SparseWeight`'s or :class:`BlockSparseWeight`'s layout."""
     return int(layout[layout.index("k", layout.index("_")) + 1 : layout.index("@")])
 
 

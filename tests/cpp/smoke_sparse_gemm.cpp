@@ -26,13 +26,19 @@ struct Problem {
   ValueType type;
   FloatType y_type;
   std::vector<double> dense;  // [n, k]
-  std::vector<uint64_t> masks;
+  Layout layout;
+  std::vector<uint64_t> index;  // of either layout: words are aligned as masks must be
   std::vector<int32_t> offsets;
   Bytes values, x, bias, add;
   std::vector<float> scales;
 
-  Problem(int64_t m_, int64_t n_, int64_t k_, int64_t eighths, int variant)
-      : m(m_), n(n_), k(k_), type(kValueTypes[variant % 3]), y_type(kTypes[variant / 3 % 3]) {
+  Problem(int64_t m_, int64_t n_, int64_t k_, int64_t eighths, int variant, Layout layout_)
+      : m(m_),
+        n(n_),
+        k(k_),
+        type(kValueTypes[variant % 3]),
+        y_type(kTypes[variant / 3 % 3]),
+        layout(layout_) {
     Bytes keep, weight;
     for (int64_t i = 0; i < n * k; ++i) {
       keep.push_back(rng.below(8) < eighths);
@@ -42,12 +48,14 @@ struct Problem {
         append(&weight, type == ValueType::f32 ? FloatType::f32 : FloatType::bf16, rng.uniform());
       }
     }
-    const SparsePattern size = sparse_pattern(n, k);
-    masks.resize(size_t(size.panels * size.k_blocks * kSparsePanel));
-    offsets.resize(size_t(size.panels * size.k_blocks));
+    SparsePattern w = sparse_pattern(n, k, layout);
+    offsets.resize(size_t(w.panels * w.k_blocks));
+    w.offsets = offsets.data();
     const SparsePackArgs pack{n, k, type, weight.data(), keep.data()};
-    const int64_t nnz = sparse_pattern_of(pack, masks.data(), offsets.data(), serial_parallel());
-    values.resize(size_t((nnz + kSparseBlockSize) * value_size(type)));
+    const int64_t nnz = sparse_offsets_of(pack, w, offsets.data(), serial_parallel());
+    index.resize(size_t(div_up(index_bytes_of(w, nnz), 8)));
+    sparse_index_of(pack, w, index.data(), serial_parallel());
+    values.resize(size_t((nnz + block_size_of(w)) * value_size(type)));
     sparse_values_of(pack, pattern(), values.data(), serial_parallel());
     for (int64_t i = 0; i < n; ++i) scales.push_back(rng.uniform());
     for (int64_t i = 0; i < n * k; ++i) {
@@ -63,8 +71,8 @@ struct Problem {
   }
 
   SparsePattern pattern() const {
-    SparsePattern w = sparse_pattern(n, k);
-    w.masks = masks.data();
+    SparsePattern w = sparse_pattern(n, k, layout);
+    set_index(&w, index.data());
     w.offsets = offsets.data();
     return w;
   }
@@ -72,7 +80,7 @@ struct Problem {
     SparseGemmArgs a{};
     a.m = m;
     a.w = pattern();
-    a.nnz = int64_t(values.size()) / value_size(type) - kSparseBlockSize;
+    a.nnz = int64_t(values.size()) / value_size(type) - block_size_of(a.w);
     a.values = values.data();
     a.value_type = type;
     a.scales = scales.data();
@@ -80,6 +88,12 @@ struct Problem {
     a.add = add.data();
     a.y_type = y_type;
     return a;
+  }
+  // Its bytes, guarded, or as many that belong to other values.
+  void place_index(SparsePattern* w, int64_t nnz, bool torn, Guarded* memory) const {
+    Bytes bytes(size_t(index_bytes_of(*w, nnz)), 0xff);
+    if (!torn) memcpy(bytes.data(), index.data(), bytes.size());
+    set_index(w, memory->copy(bytes));
   }
   bool right(const void* y) const {
     for (int64_t i = 0; i < m * n; ++i) {
@@ -98,8 +112,8 @@ struct Problem {
   }
 };
 
-void check_kernel(const KernelEntry<const SparseGemmKernel*>& entry, const Problem& p,
-                  bool torn_masks, Guarded* memory) {
+void check_kernel(const KernelEntry<const SparseGemmKernel*>& entry, const Problem& p, bool torn,
+                  Guarded* memory) {
   running = entry.name;
   const int64_t widest = entry.fn->widest;
   for (const Against side : kSides) {
@@ -108,12 +122,8 @@ void check_kernel(const KernelEntry<const SparseGemmKernel*>& entry, const Probl
     const int64_t k_padded = k_padded_of(a.w);
     std::vector<float> x(size_t(sparse_x_count(p.m, k_padded, widest)));
     entry.fn->prepare({p.x.data(), p.y_type, p.m, p.k, k_padded, widest, x.data()}, 0, k_padded);
-    std::vector<uint64_t> masks = p.masks;
-    // Masks that belong to other values choose wrong ones, but none outside of the tensor.
-    if (torn_masks) {
-      for (uint64_t& mask : masks) mask = ~uint64_t{0};
-    }
-    a.w.masks = memory->copy(masks);
+    // An index that belongs to other values chooses wrong ones, but none outside of the tensor.
+    p.place_index(&a.w, a.nnz, torn, memory);
     a.w.offsets = memory->copy(p.offsets);
     a.values = memory->copy(p.values);
     a.scales = memory->copy(p.scales);
@@ -125,8 +135,8 @@ void check_kernel(const KernelEntry<const SparseGemmKernel*>& entry, const Probl
     float* tile = memory->empty<float>(size_t((a.w.panels - half) * kSparsePanel * widest));
     entry.fn->run(a, half, a.w.panels, tile);
     entry.fn->run(a, 0, half, tile);
-    CHECK(torn_masks || p.right(a.y), "%s: m %d, n %d, k %d, values %d, type %d differs",
-          entry.name, int(p.m), int(p.n), int(p.k), int(p.type), int(p.y_type));
+    CHECK(torn || p.right(a.y), "%s: m %d, n %d, k %d, values %d, type %d differs", entry.name,
+          int(p.m), int(p.n), int(p.k), int(p.type), int(p.y_type));
     CHECK(memory->intact(), "%s: wrote outside of y or tile", entry.name);
   }
 }
@@ -145,7 +155,7 @@ void check_sampled(const KernelEntry<const SampledGemmKernel*>& entry, const Pro
   for (const Against side : kSides) {
     memory->restart(side);
     SampledGemmArgs a{p.m, w, memory->copy(g), memory->copy(x), nullptr};
-    a.w.masks = memory->copy(p.masks);
+    p.place_index(&a.w, p.args().nnz, false, memory);
     a.w.offsets = memory->copy(p.offsets);
     const size_t count = p.values.size() / size_t(value_size(p.type));
     a.grad = memory->empty<float>(count);
@@ -170,8 +180,8 @@ void check_sampled(const KernelEntry<const SampledGemmKernel*>& entry, const Pro
   }
 }
 
-void check_drivers() {
-  const Problem p(20, 100, 300, 4, 0);
+void check_drivers(Layout layout) {
+  const Problem p(20, 100, 300, 4, 0, layout);
   for (int tier = 0; tier <= int(detected_isa()); ++tier) {
     const auto run = [&](const Parallel& parallel) {
       SparseGemmArgs a = p.args();
@@ -199,24 +209,27 @@ void check_drivers() {
 
 void check_sparse_gemm(Guarded* memory) {
   constexpr int64_t kRows[] = {1, 2, 3, 7, 15, 16, 17, 33, 65, 129};
-  constexpr int64_t kSizes[][2] = {{1, 1}, {16, 64}, {15, 63}, {17, 65}, {50, 200}};
+  constexpr int64_t kSizes[][2] = {{1, 1}, {16, 64}, {15, 63}, {17, 65}, {50, 200}, {16, 256}};
   int variant = 0;
-  for (const int64_t m : kRows) {
-    for (const auto& size : kSizes) {
-      for (const int64_t eighths : {0, 1, 4, 8}) {
-        const Problem p(m, size[0], size[1], eighths, variant++);
-        for (const auto& entry : kSparse) {
-          if (entry.isa > detected_isa() || m > entry.max_m) continue;
-          check_kernel(entry, p, false, memory);
-          if (eighths == 1) check_kernel(entry, p, true, memory);
-        }
-        for (const auto& entry : kSampled) {
-          if (entry.isa <= detected_isa() && m < 64) check_sampled(entry, p, memory);
+  for (const Layout layout : {Layout::bitmask_n16k64, Layout::bytes_n16k256}) {
+    for (const int64_t m : kRows) {
+      for (const auto& size : kSizes) {
+        for (const int64_t eighths : {0, 1, 4, 8}) {
+          const Problem p(m, size[0], size[1], eighths, variant++, layout);
+          for (const auto& entry : kSparse) {
+            if (entry.isa > detected_isa() || m > entry.max_m) continue;
+            if (entry.key != int32_t(layout)) continue;
+            check_kernel(entry, p, false, memory);
+            if (eighths == 1) check_kernel(entry, p, true, memory);
+          }
+          for (const auto& entry : kSampled) {
+            if (entry.isa <= detected_isa() && m < 64) check_sampled(entry, p, memory);
+          }
         }
       }
     }
+    check_drivers(layout);
   }
-  check_drivers();
 }
 
 }  // namespace ow::testing

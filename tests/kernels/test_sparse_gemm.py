@@ -14,9 +14,9 @@ FAMILY = "sparse_gemm"
 
 # Around the pieces of the expanding kernel, and the widths of panels of tokens.
 ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
-# Around a panel, the eight panels whose masks are sorted together, and a mask.
+# Around a panel, the eight panels that are summed together, and a block.
 OUTPUTS = (1, 15, 16, 17, 33, 129, 145)
-DEPTHS = (1, 15, 16, 17, 63, 64, 65, 129, 600)
+DEPTHS = (1, 15, 16, 17, 63, 64, 65, 129, 255, 256, 257, 600)
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -64,7 +64,7 @@ def test_types_and_densities(
     entry: Entry, rng: np.random.Generator, dtype: str, density: float
 ) -> None:
     for m in (1, 6, 16, 40):
-        _check(entry, rng, m, 40, 200, dtype, density)
+        _check(entry, rng, m, 40, 300, dtype, density)
 
 
 @pytest.mark.parametrize("spike", [0, 15, 16, 63, 64, 299])

@@ -16,6 +16,7 @@ from openwork.nn import (
     SumLinear,
 )
 from openwork.ops import sparse_linear_train, sparse_values_grad, transposed_pattern
+from openwork.packing import SPARSE_LAYOUTS
 from openwork.testing.sparse import make_sparse_weight
 
 N, K = 48, 130
@@ -112,16 +113,31 @@ def test_sum_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(compiled(x), module(x))
 
 
-def test_transposed_pattern_finds_every_value() -> None:
-    weight = _sparse()
+def test_few_elements_are_stored_with_a_byte_each() -> None:
+    """As many or fewer than an eighth, where that takes less than a bit an element."""
+    weight = torch.zeros(64, 256)
+    weight.view(-1)[::8] = 1.0
+    assert openwork.compress_sparse(weight).layout == "bytes_n16k256@1"
+    weight[0, 1] = 1.0
+    assert openwork.compress_sparse(weight).layout == "bitmask_n16k64@1"
+    with pytest.raises(ValueError, match="^compress_sparse: layout must be bitmask_.*, got csr"):
+        openwork.compress_sparse(weight, layout="csr")
+
+
+@pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
+def test_transposed_pattern_finds_every_value(layout: str) -> None:
+    weight = make_sparse_weight(N, K, 0.3, torch.float32, layout=layout)
     transposed, order = transposed_pattern(weight)
     assert torch.equal(openwork.expand_sparse(transposed), openwork.expand_sparse(weight).T)
-    assert sorted(order.tolist()) == list(range(weight.nnz + 1024))
+    assert sorted(order.tolist()) == list(range(len(weight.values)))
 
 
+@pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
 @pytest.mark.parametrize("m", [1, 20])
-def test_gradients_are_the_dense_ones_on_the_support(isa: str, threads: int, m: int) -> None:
-    weight = _sparse()
+def test_gradients_are_the_dense_ones_on_the_support(
+    isa: str, threads: int, m: int, layout: str
+) -> None:
+    weight = make_sparse_weight(N, K, 0.3, torch.float32, layout=layout)
     dense = openwork.expand_sparse(weight).requires_grad_()
     mask = dense.detach() != 0
     x = torch.randn(m, K, requires_grad=True)
@@ -138,7 +154,7 @@ def test_gradients_are_the_dense_ones_on_the_support(isa: str, threads: int, m: 
     _close(x.grad, want_x)
     assert (values.grad[weight.nnz :] == 0).all()
     grad = openwork.SparseWeight(
-        weight.masks, weight.offsets, values.grad, None, weight.layout, N, K
+        weight.index, weight.offsets, values.grad, None, weight.layout, N, K
     )
     _close(openwork.expand_sparse(grad), want_w * mask)
 
@@ -166,7 +182,7 @@ def test_sparse_low_rank_layer_learns_on_its_support() -> None:
     layer = SparseLowRankLinear.random(K, N, rank=4, density=0.1)
     target = torch.randn(N, K) / K**0.5
     before = layer.values.detach().clone()
-    masks = layer.sparse_weight().masks.clone()
+    index = layer.sparse_weight().index.clone()
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
@@ -178,7 +194,7 @@ def test_sparse_low_rank_layer_learns_on_its_support() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     after = layer.sparse_weight()
-    assert torch.equal(after.masks, masks)
+    assert torch.equal(after.index, index)
     assert (after.values[after.nnz :] == 0).all()
     assert not torch.equal(after.values, before)
 

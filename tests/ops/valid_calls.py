@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openwork.ops import nm_mask
+from openwork.packing import SPARSE_LAYOUTS
 from openwork.testing import Sample, nm
 from openwork.testing.active import make_column_weight
 from openwork.testing.block_sparse import make_block_sparse_weight
@@ -155,6 +156,7 @@ def _sparse_linear(draw: Draw) -> Sample:
         draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8])),
         draw(st.integers(0, 9)),
         draw(st.booleans()),
+        draw(st.sampled_from(SPARSE_LAYOUTS)),
     )
     x = _rows(draw, weight.k)
     return Sample("fuzz", (x, weight), _terms(draw, x, weight.n))

@@ -26,12 +26,13 @@ constexpr int64_t kElementsPerTask = 1 << 14;
 // a Zen 4 server: to select from one row of x 10, or 20 where more than 16 values are usual; to
 // expand 9 + 6.3 m; to visit the values, for up to 16 rows, 12 + 125 d.
 const SparseGemmKernel& choose(const SparseGemmArgs& a, Isa isa) {
+  if (a.w.bytes != nullptr) return *pick(kTable, isa, kBytes, a.m).fn;
   const int64_t all = a.w.n * a.w.k;
   const bool select = a.m <= kSelectMaxRows && 5 * a.nnz < all;
   const bool expand = a.m <= kExpandMaxRows && (2 * a.m - 1) * all < 40 * a.nnz;
   const int64_t rows =
       select ? a.m : std::max<int64_t>(a.m, (expand ? kSelectMaxRows : kExpandMaxRows) + 1);
-  return *pick(kTable, isa, 0, rows).fn;
+  return *pick(kTable, isa, kMasks, rows).fn;
 }
 
 int64_t task_count(const SparsePattern& w, int64_t m, int64_t threads) {

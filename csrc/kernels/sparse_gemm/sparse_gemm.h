@@ -7,20 +7,30 @@
 // x is not rounded to int8 beside int8 values: few rows are bound by the bytes of the weight, which
 // that would not change, and many rows multiply each value as a float that was decoded once.
 //
-// Layout bitmask_n16k64. A panel is 16 outputs, a block of it 64 k; rows past n are empty.
+// Two layouts. A panel is 16 outputs, a block of it 64 or 256 k; rows past n are empty. Both have
 //
-//   masks    [panels, k_blocks, 16] 64 bits: bit j of row r is set where w[16p + r, 64b + j] is
-//            stored
 //   offsets  [panels, k_blocks] int32: where the values of a block begin
-//   values   [nnz + 1024]: blocks in order of panel, then k; in a block row after row, in a row
-//            ascending k; then 1024 zeros
+//   values   [nnz + 16 block_k]: blocks in order of panel, then k; in a block row after row, in a
+//            row ascending k; then zeros
 //
-//   block:  | masks of row 0 .. 15 |     values: | row 0: w w w | row 1: w w | ... | row 15: w w w
-//   |
+// and an index, which says what k the values of a row have:
 //
-// The masks of a block choose at most 1024 values from its offset on, so with every offset in
-// 0 .. nnz no mask can lead a kernel out of `values`. One order serves all row counts: for few rows
-// a thread streams its panels once, front to back; for many, the blocks of one k_block meet tokens
+//   bitmask_n16k64   [panels, k_blocks, 16] 64 bits: bit j of row r is set where
+//                    w[16p + r, 64b + j] is stored
+//   bytes_n16k256    [32 panels k_blocks + nnz + 4096] bytes: of each block 16 x 16 bits, how many
+//                    values the rows have, and a byte a value, k - 256b; then zeros. A block's
+//                    begin at 32 (blocks before it) + its offset.
+//
+//   bitmask block:  | masks of row 0 .. 15 |
+//   bytes block:    | counts 3 1 ... 2 | row 0: k k k | row 1: k | ... | row 15: k k |
+//   values:                            | row 0: w w w | row 1: w | ... | row 15: w w |
+//
+// Bytes are fewer below a density of an eighth, and need no decoding.
+//
+// A block has at most 16 block_k values from its offset on, so with every offset in 0 .. nnz no
+// mask and no count, of which kernels take at most 256, can lead a kernel out of `values` or the
+// index, and no byte out of a block's columns. One order serves all row counts: for few rows a
+// thread streams its panels once, front to back; for many, the blocks of one k_block meet tokens
 // that stay in the L1 cache.
 #pragma once
 
@@ -32,8 +42,10 @@
 namespace ow {
 
 constexpr int64_t kSparsePanel = 16;
-constexpr int64_t kSparseBlockK = 64;
-constexpr int64_t kSparseBlockSize = kSparsePanel * kSparseBlockK;
+// Of bitmask_n16k64 and of bytes_n16k256.
+constexpr int64_t kMaskK = 64;
+constexpr int64_t kBytesK = 256;
+constexpr int64_t kCountBytes = 2 * kSparsePanel;
 
 enum class ValueType : int32_t { f32, bf16, i8 };
 
@@ -41,20 +53,63 @@ OW_INLINE int64_t value_size(ValueType type) {
   return type == ValueType::f32 ? 4 : type == ValueType::bf16 ? 2 : 1;
 }
 
-// Where elements are, apart from their values.
+// Where elements are, apart from their values. One of masks and bytes is the index, the other null.
 struct SparsePattern {
-  int64_t n, k, panels, k_blocks;
+  int64_t n, k, panels, block_k, k_blocks;
   const uint64_t* masks;
+  const uint8_t* bytes;
   const int32_t* offsets;
 };
 
-OW_INLINE SparsePattern sparse_pattern(int64_t n, int64_t k) {
-  return {n, k, div_up(n, kSparsePanel), div_up(k, kSparseBlockK), nullptr, nullptr};
+OW_INLINE SparsePattern sparse_pattern(int64_t n, int64_t k, Layout layout) {
+  const int64_t block_k = layout == Layout::bytes_n16k256 ? kBytesK : kMaskK;
+  return {n, k, div_up(n, kSparsePanel), block_k, div_up(k, block_k), nullptr, nullptr, nullptr};
 }
-OW_INLINE int64_t k_padded_of(const SparsePattern& w) { return w.k_blocks * kSparseBlockK; }
+OW_INLINE void set_index(SparsePattern* w, const void* index) {
+  w->masks = w->block_k == kMaskK ? static_cast<const uint64_t*>(index) : nullptr;
+  w->bytes = w->block_k == kBytesK ? static_cast<const uint8_t*>(index) : nullptr;
+}
+OW_INLINE int64_t k_padded_of(const SparsePattern& w) { return w.k_blocks * w.block_k; }
+// Elements of a block, and so of the padding of `values`.
+OW_INLINE int64_t block_size_of(const SparsePattern& w) { return kSparsePanel * w.block_k; }
+OW_INLINE int64_t index_bytes_of(const SparsePattern& w, int64_t nnz) {
+  const int64_t blocks = w.panels * w.k_blocks;
+  return w.block_k == kMaskK ? blocks * kSparsePanel * 8
+                             : blocks * kCountBytes + nnz + block_size_of(w);
+}
+
+// The counts of a block of bytes, which its columns follow.
+OW_INLINE const uint8_t* block_counts(const SparsePattern& w, int64_t block) {
+  return w.bytes + block * kCountBytes + w.offsets[block];
+}
+OW_INLINE int64_t row_count(const uint8_t* counts, int64_t r) {
+  uint16_t count;
+  memcpy(&count, counts + 2 * r, 2);
+  return min_of(int64_t(count), kBytesK);
+}
+
+// Calls body(place in `values`, row of the panel, k in the block) for each value of a block.
+template <class Body>
+OW_INLINE void for_each_stored(const SparsePattern& w, int64_t block, const Body& body) {
+  int64_t value = w.offsets[block];
+  if (w.masks != nullptr) {
+    for (int64_t r = 0; r < kSparsePanel; ++r) {
+      uint64_t mask = w.masks[block * kSparsePanel + r];
+      for (; mask != 0; mask &= mask - 1) body(value++, r, int64_t(__builtin_ctzll(mask)));
+    }
+    return;
+  }
+  const uint8_t* counts = block_counts(w, block);
+  const uint8_t* column = counts + kCountBytes;
+  for (int64_t r = 0; r < kSparsePanel; ++r) {
+    const int64_t end = value + row_count(counts, r);
+    while (value < end) body(value++, r, int64_t(*column++));
+  }
+}
 
 // x as a kernel reads it. Rows: [k_padded / 16, m, 16] floats, zero past k: what few rows need at a
-// time lies together, where rows a power of two apart would fight for the same cache sets. Tokens:
+// time lies together, where rows a power of two apart would fight for the same cache sets (as many
+// bytes in another order for a kernel that wants one, with a prepare of its own). Tokens:
 // panels of up to `widest` rows of x, transposed, each [k_padded, width] with width 16, 32, 64 or
 // 128, zero past m and k: a stored w then meets a panel row, one load for each vector of tokens,
 // and no gather.
@@ -116,13 +171,24 @@ constexpr int64_t kExpandMaxRows = 16;
 // Rows up to which masks are better sorted before their values are visited.
 constexpr int64_t kSortMaxRows = 32;
 
-#define OW_SPARSE_GEMM_KERNELS(X)                                       \
-  OW_IF_AVX512(X(avx512, 0, kSelectMaxRows, sparse_gemm_select_avx512)) \
-  OW_IF_AVX512(X(avx512, 0, kExpandMaxRows, sparse_gemm_expand_avx512)) \
-  OW_IF_AVX512(X(avx512, 0, kSortMaxRows, sparse_gemm_sorted_avx512))   \
-  OW_IF_AVX512(X(avx512, 0, kAnyM, sparse_gemm_tokens_avx512))          \
-  OW_IF_AVX2(X(avx2, 0, kAnyM, sparse_gemm_tokens_avx2))                \
-  X(scalar, 0, kAnyM, sparse_gemm_rows_scalar)
+// Rows up to which x is selected for the columns of bytes.
+constexpr int64_t kSelectBytesMaxRows = 2;
+
+// What a kernel reads: its layout.
+constexpr int32_t kMasks = int32_t(Layout::bitmask_n16k64);
+constexpr int32_t kBytes = int32_t(Layout::bytes_n16k256);
+
+#define OW_SPARSE_GEMM_KERNELS(X)                                                     \
+  OW_IF_AVX512(X(avx512, kMasks, kSelectMaxRows, sparse_gemm_select_avx512))          \
+  OW_IF_AVX512(X(avx512, kMasks, kExpandMaxRows, sparse_gemm_expand_avx512))          \
+  OW_IF_AVX512(X(avx512, kMasks, kSortMaxRows, sparse_gemm_sorted_avx512))            \
+  OW_IF_AVX512(X(avx512, kMasks, kAnyM, sparse_gemm_tokens_avx512))                   \
+  OW_IF_AVX512(X(avx512, kBytes, kSelectBytesMaxRows, sparse_gemm_bytes_rows_avx512)) \
+  OW_IF_AVX512(X(avx512, kBytes, kAnyM, sparse_gemm_bytes_avx512))                    \
+  OW_IF_AVX2(X(avx2, kMasks, kAnyM, sparse_gemm_tokens_avx2))                         \
+  OW_IF_AVX2(X(avx2, kBytes, kAnyM, sparse_gemm_bytes_avx2))                          \
+  X(scalar, kMasks, kAnyM, sparse_gemm_rows_scalar)                                   \
+  X(scalar, kBytes, kAnyM, sparse_gemm_bytes_scalar)
 
 #define OW_DECLARE(isa, key, max_m, kernel) extern const SparseGemmKernel kernel;
 OW_SPARSE_GEMM_KERNELS(OW_DECLARE)
@@ -144,7 +210,7 @@ struct SampledGemmArgs {
   SparsePattern w;
   const float* g;  // [m, n] and
   const float* x;  // [m, k] as panels of tokens, or rows
-  float* grad;     // [nnz + 1024], zeroed
+  float* grad;     // as long as `values`, zeroed
 };
 struct SampledGemmKernel {
   void (*run)(const SampledGemmArgs&, int64_t begin, int64_t end);  // panels
@@ -173,9 +239,12 @@ struct SparsePackArgs {
   const void* weight;   // [n, k]
   const uint8_t* keep;  // or null
 };
-// Masks, offsets, and the number of values. Counts past 2^31 - 1 are returned, their offsets wrong.
-int64_t sparse_pattern_of(const SparsePackArgs& args, uint64_t* masks, int32_t* offsets,
-                          const Parallel& parallel);
+// Offsets, and the number of values. Counts past 2^31 - 1 are returned, their offsets wrong.
+int64_t sparse_offsets_of(const SparsePackArgs& args, const SparsePattern& pattern,
+                          int32_t* offsets, const Parallel& parallel);
+// The index, zeroed, of a pattern that has offsets.
+void sparse_index_of(const SparsePackArgs& args, const SparsePattern& pattern, void* index,
+                     const Parallel& parallel);
 // Values in the order of the layout.
 void sparse_values_of(const SparsePackArgs& args, const SparsePattern& pattern, void* values,
                       const Parallel& parallel);

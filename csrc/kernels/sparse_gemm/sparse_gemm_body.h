@@ -68,20 +68,19 @@ void prepare(const SparseXArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// A block's values as floats: where they lie, or decoded to `buffer`, once for all tokens.
-OW_INLINE const float* decode_block(const SparseGemmArgs& a, int64_t offset, const uint64_t* masks,
+// The values of a block as floats: where they lie, or decoded to `buffer`, once for all tokens.
+// count() is how many there are.
+template <class Count>
+OW_INLINE const float* decode_block(const SparseGemmArgs& a, int64_t offset, const Count& count,
                                     float* buffer) {
   if (a.value_type == ValueType::f32) return static_cast<const float*>(a.values) + offset;
-  int64_t count = 0;
-  for (int64_t r = 0; r < kSparsePanel; ++r) count += __builtin_popcountll(masks[r]);
+  const int64_t n = count();
   if (a.value_type == ValueType::bf16) {
     const bf16* values = static_cast<const bf16*>(a.values) + offset;
-    for (int64_t i = 0; i < count; i += kLanes) {
-      store_n(buffer + i, load_n(values + i, count - i), count - i);
-    }
+    for (int64_t i = 0; i < n; i += kLanes) store_n(buffer + i, load_n(values + i, n - i), n - i);
   } else {
     const int8_t* values = static_cast<const int8_t*>(a.values) + offset;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = float(values[i]);
+    for (int64_t i = 0; i < n; ++i) buffer[i] = float(values[i]);
   }
   return buffer;
 }
@@ -185,12 +184,12 @@ OW_INLINE void finish_tile(const SparseGemmArgs& a, int64_t n_begin, int64_t n_e
 template <int kVecs, class Add>
 void sum_panels(const SparseGemmArgs& a, const float* x, int64_t begin, int64_t end, float* tile) {
   constexpr int64_t kWidth = kVecs * kLanes;
-  constexpr int64_t kBlocks = kStepBytes / (kSparseBlockK * kWidth * int64_t(sizeof(float)));
+  constexpr int64_t kBlocks = kStepBytes / (kMaskK * kWidth * int64_t(sizeof(float)));
   const SparsePattern& w = a.w;
   const int64_t size = value_size(a.value_type);
   memset(tile, 0, size_t((end - begin) * kSparsePanel * kWidth) * sizeof(float));
   const bool fetches = Add::kFetches && a.value_type == ValueType::f32;  // else it sees a buffer
-  float buffer[kSparseBlockSize];
+  float buffer[kSparsePanel * kMaskK];
   for (int64_t step = 0; step < w.k_blocks; step += kBlocks) {
     const int64_t step_end = min_of(step + kBlocks, w.k_blocks);
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -207,8 +206,13 @@ void sum_panels(const SparseGemmArgs& a, const float* x, int64_t begin, int64_t 
           }
         }
         const uint64_t* masks = w.masks + block * kSparsePanel;
-        const float* value = decode_block(a, w.offsets[block], masks, buffer);
-        const float* columns = x + b * kSparseBlockK * kWidth;
+        const auto count = [masks] {
+          int64_t bits = 0;
+          for (int64_t r = 0; r < kSparsePanel; ++r) bits += __builtin_popcountll(masks[r]);
+          return bits;
+        };
+        const float* value = decode_block(a, w.offsets[block], count, buffer);
+        const float* columns = x + b * kMaskK * kWidth;
         float* sums = tile + (panel - begin) * kSparsePanel * kWidth;
         for (int64_t r = 0; r < kSparsePanel; ++r) {
           value = add_row<kVecs, Add>(masks[r], value, ahead, columns, sums + r * kWidth);
@@ -244,20 +248,14 @@ template <class Add>
   });
 }
 
-// Products of one row of g with the columns of x a row of a block stores. Returns the next value.
-OW_INLINE float* sample_row(uint64_t mask, const float* g, const float* x, int64_t width,
-                            float* grad) {
-  for (; mask != 0; mask &= mask - 1, ++grad) {
-    const float* column = x + __builtin_ctzll(mask) * width;
-    VecF even = set1(0.0f);
-    VecF odd = set1(0.0f);
-    for (int64_t t = 0; t < width; t += 2 * kLanes) {
-      even = fma(load(g + t), load(column + t), even);
-      if (t + kLanes < width) odd = fma(load(g + t + kLanes), load(column + t + kLanes), odd);
-    }
-    *grad += sum(add(even, odd));
+OW_INLINE float dot_tokens(const float* g, const float* x, int64_t width) {
+  VecF even = set1(0.0f);
+  VecF odd = set1(0.0f);
+  for (int64_t t = 0; t < width; t += 2 * kLanes) {
+    even = fma(load(g + t), load(x + t), even);
+    if (t + kLanes < width) odd = fma(load(g + t + kLanes), load(x + t + kLanes), odd);
   }
-  return grad;
+  return sum(add(even, odd));
 }
 
 [[maybe_unused]] void run_sampled(const SampledGemmArgs& a, int64_t begin, int64_t end) {
@@ -266,14 +264,12 @@ OW_INLINE float* sample_row(uint64_t mask, const float* g, const float* x, int64
     const float* x = a.x + first * k_padded_of(w);
     const float* g = a.g + first * w.panels * kSparsePanel;
     for (int64_t b = 0; b < w.k_blocks; ++b) {
+      const float* columns = x + b * w.block_k * width;
       for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t block = panel * w.k_blocks + b;
-        float* grad = a.grad + w.offsets[block];
-        for (int64_t r = 0; r < kSparsePanel; ++r) {
-          grad =
-              sample_row(w.masks[block * kSparsePanel + r], g + (panel * kSparsePanel + r) * width,
-                         x + b * kSparseBlockK * width, width, grad);
-        }
+        const float* rows = g + panel * kSparsePanel * width;
+        for_each_stored(w, panel * w.k_blocks + b, [&](int64_t value, int64_t r, int64_t column) {
+          a.grad[value] += dot_tokens(rows + r * width, columns + column * width, width);
+        });
       }
     }
   });

@@ -24,58 +24,48 @@ float read_value(const SparseGemmArgs& a, int64_t i) {
   }
 }
 
-// Calls body(value index, k) for each element stored in row r of a panel, in order of k.
-template <class Body>
-void for_each_in_row(const SparsePattern& w, int64_t panel, int64_t r, const Body& body) {
-  for (int64_t b = 0; b < w.k_blocks; ++b) {
-    const int64_t block = panel * w.k_blocks + b;
-    const uint64_t* masks = w.masks + block * kSparsePanel;
-    int64_t value = w.offsets[block];
-    for (int64_t above = 0; above < r; ++above) value += __builtin_popcountll(masks[above]);
-    for (uint64_t mask = masks[r]; mask != 0; mask &= mask - 1) {
-      body(value++, b * kSparseBlockK + __builtin_ctzll(mask));
+void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
+  const SparsePattern& w = a.w;
+  for (int64_t i = 0; i < a.m; ++i) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float sums[kSparsePanel] = {};
+      for (int64_t b = 0; b < w.k_blocks; ++b) {
+        for_each_stored(w, panel * w.k_blocks + b, [&](int64_t value, int64_t r, int64_t column) {
+          sums[r] += read_value(a, value) * row_element(a.x, a.m, i, b * w.block_k + column);
+        });
+      }
+      for (int64_t n = panel * kSparsePanel; n < min_of((panel + 1) * kSparsePanel, w.n); ++n) {
+        float sum = sums[n % kSparsePanel];
+        if (a.scales != nullptr) sum *= a.scales[n];
+        if (a.bias != nullptr) sum += read_float(a.bias, a.y_type, n);
+        const int64_t at = i * w.n + n;
+        if (a.add != nullptr) sum += read_float(a.add, a.y_type, at);
+        write_float(a.y, a.y_type, at, sum);
+      }
     }
   }
 }
 
-template <class Body>
-void for_each_output(const SparsePattern& w, int64_t begin, int64_t end, const Body& body) {
-  for (int64_t n = begin * kSparsePanel; n < min_of(end * kSparsePanel, w.n); ++n) {
-    body(n, n / kSparsePanel, n % kSparsePanel);
-  }
-}
-
-void run_rows(const SparseGemmArgs& a, int64_t begin, int64_t end, float*) {
-  for (int64_t i = 0; i < a.m; ++i) {
-    for_each_output(a.w, begin, end, [&](int64_t n, int64_t panel, int64_t r) {
-      float sum = 0.0f;
-      for_each_in_row(a.w, panel, r, [&](int64_t value, int64_t k) {
-        sum += read_value(a, value) * row_element(a.x, a.m, i, k);
-      });
-      if (a.scales != nullptr) sum *= a.scales[n];
-      if (a.bias != nullptr) sum += read_float(a.bias, a.y_type, n);
-      const int64_t at = i * a.w.n + n;
-      if (a.add != nullptr) sum += read_float(a.add, a.y_type, at);
-      write_float(a.y, a.y_type, at, sum);
-    });
-  }
-}
-
 void run_sampled(const SampledGemmArgs& a, int64_t begin, int64_t end) {
-  for_each_output(a.w, begin, end, [&](int64_t n, int64_t panel, int64_t r) {
-    for_each_in_row(a.w, panel, r, [&](int64_t value, int64_t k) {
-      float sum = 0.0f;
-      for (int64_t i = 0; i < a.m; ++i) {
-        sum += row_element(a.g, a.m, i, n) * row_element(a.x, a.m, i, k);
-      }
-      a.grad[value] = sum;
-    });
-  });
+  const SparsePattern& w = a.w;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t b = 0; b < w.k_blocks; ++b) {
+      for_each_stored(w, panel * w.k_blocks + b, [&](int64_t value, int64_t r, int64_t column) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < a.m; ++i) {
+          sum += row_element(a.g, a.m, i, panel * kSparsePanel + r) *
+                 row_element(a.x, a.m, i, b * w.block_k + column);
+        }
+        a.grad[value] = sum;
+      });
+    }
+  }
 }
 
 }  // namespace
 
 const SparseGemmKernel sparse_gemm_rows_scalar = {run_rows, prepare_rows, 0};
+const SparseGemmKernel sparse_gemm_bytes_scalar = {run_rows, prepare_rows, 0};
 const SampledGemmKernel sampled_gemm_scalar = {run_sampled, prepare_rows, 0};
 
 }  // namespace ow

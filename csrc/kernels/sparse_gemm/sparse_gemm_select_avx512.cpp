@@ -36,7 +36,7 @@ OW_INLINE __m512 add_selected(__m128i columns, uint32_t count, const T* value, c
 template <class T>
 __attribute__((noinline)) __m512 add_rest(__m512i columns, uint32_t count, const T* value,
                                           const __m512* x, __m512 sum) {
-  alignas(64) uint8_t bytes[kSparseBlockK];
+  alignas(64) uint8_t bytes[kMaskK];
   _mm512_store_si512(bytes, columns);
   for (uint32_t i = kLanes; i < count; i += kLanes) {
     const __m128i piece = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + i));
@@ -62,7 +62,7 @@ void select_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
     __m512 x[4];
 #pragma GCC unroll 4
     for (int64_t q = 0; q < 4; ++q) {
-      x[q] = _mm512_loadu_ps(a.x + row_place(a.m, row, b * kSparseBlockK + q * kLanes));
+      x[q] = _mm512_loadu_ps(a.x + row_place(a.m, row, b * kMaskK + q * kLanes));
     }
     const int64_t block = panel * a.w.k_blocks + b;
     const uint64_t* masks = a.w.masks + block * kSparsePanel;

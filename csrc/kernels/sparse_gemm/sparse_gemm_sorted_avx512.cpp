@@ -29,8 +29,8 @@ struct Visit {
 // The visits of a step by their number of values. 192 bytes more than masks need keep the starts of
 // lists out of each other's cache sets.
 struct Visits {
-  Visit of_count[kSparseBlockK + 1][kSortRows + 12];
-  Visit* end[kSparseBlockK + 1];
+  Visit of_count[kMaskK + 1][kSortRows + 12];
+  Visit* end[kMaskK + 1];
 };
 
 // Of panels [first, last) in block b of k.
@@ -38,7 +38,7 @@ template <int kVecs>
 OW_INLINE void sort_masks(const SparsePattern& w, int64_t first, int64_t last, int64_t b,
                           Visits* visits) {
   constexpr uint64_t kRowBytes = kVecs * kLanes * sizeof(float);
-  for (int64_t count = 0; count <= kSparseBlockK; ++count) {
+  for (int64_t count = 0; count <= kMaskK; ++count) {
     visits->end[count] = visits->of_count[count];
   }
   uint64_t sums = 0;
@@ -134,7 +134,7 @@ __attribute__((noinline)) void add_visits(const Visit* visit, const Visit* end, 
 template <int kVecs, class T>
 OW_INLINE void add_step(const Visits& visits, const T* values, int64_t ahead, const float* x,
                         float* sums) {
-  for (int64_t count = 1; count <= kSparseBlockK; ++count) {
+  for (int64_t count = 1; count <= kMaskK; ++count) {
     const Visit* first = visits.of_count[count];
     const Visit* end = visits.end[count];
     if (first == end) continue;
@@ -160,7 +160,7 @@ void sum_sorted(const SparseGemmArgs& a, const float* x, int64_t first, int64_t 
     // About where the next step's values are, as panels store alike.
     const int64_t ahead = b + 1 < a.w.k_blocks ? offsets[b + 1] - offsets[b] : 0;
     add_step<kVecs>(visits, static_cast<const T*>(a.values), ahead * int64_t(sizeof(T)),
-                    x + b * kSparseBlockK * kWidth, sums);
+                    x + b * kMaskK * kWidth, sums);
   }
 }
 

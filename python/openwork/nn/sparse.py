@@ -164,7 +164,8 @@ class SparseLowRankLinear(nn.Module):
         alpha: of the scale ``alpha / r``.
 
     Attributes:
-        values: parameter ``[nnz + 1024]``, the stored values of S; the last 1024 stay zero.
+        values: parameter, the stored values of S as :class:`~openwork.SparseWeight` has them; the
+            zeros after them stay zero.
     """
 
     def __init__(self, up: Tensor, down: Tensor, sparse: SparseWeight, alpha: float) -> None:

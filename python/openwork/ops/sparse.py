@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from .._native import layouts
-from ..packing import BlockSparseWeight, SparseWeight
+from ..packing import (
+    SPARSE_LAYOUTS,
+    BlockSparseWeight,
+    SparseWeight,
+    block_of,
+    sparse_padding,
+)
 from .block_sparse import block_sparse_linear_overload
 from .checks import (
     check,
@@ -25,43 +31,57 @@ from .checks import (
 # The overloads, looked up once: finding one by name costs half a microsecond a call.
 sparse_linear_overload = torch.ops.openwork.sparse_linear.default
 
-LAYOUT = "bitmask_n16k64@1"
+# Asked for once: an operator that returns texts cannot be traced.
+TAGS = layouts()
 PANEL = 16
-_BLOCK_K = 64
-PADDING = PANEL * _BLOCK_K
+BITMASK, BYTES = "bitmask_n16k64@1", "bytes_n16k256@1"
+# The density up to which a weight is stored with a byte a value: where that is less than a bit an
+# element.
+BYTES_DENSITY = 1 / 8
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def compress_sparse(
-    weight: Tensor, mask: Tensor | None = None, scales: Tensor | None = None
+    weight: Tensor,
+    mask: Tensor | None = None,
+    scales: Tensor | None = None,
+    layout: str | None = None,
 ) -> SparseWeight:
     """Store some elements of a weight for :func:`sparse_linear`.
 
-    Takes ``nnz`` values, one bit an element, and 4 bytes for each 1024 elements: fewer bytes than
-    the dense weight below a density of 96 % (float32), 93 % (bfloat16), 87 % (int8).
+    Takes ``nnz`` values and either one bit an element (``"bitmask_n16k64@1"``: fewer bytes than the
+    dense weight below a density of 96 % (float32), 93 % (bfloat16), 87 % (int8)) or one byte a
+    value (``"bytes_n16k256@1"``).
 
     Args:
         weight: ``[n, k]`` float32, bfloat16, or int8 codes.
         mask: ``[n, k]`` bool: the elements to store, zeros among them; None: those that are not
             zero.
         scales: ``[n]`` float32 that rows are multiplied by, as int8 codes want; or None.
+        layout: one of the two; None: bytes up to a density of an eighth, where they are fewer.
 
     Returns:
         A :class:`~openwork.SparseWeight` of new tensors in huge-page memory.
 
     Raises:
-        ValueError: a wrong dtype or shape.
+        ValueError: a wrong dtype or shape, or an unknown layout.
 
     Example:
         >>> w = openwork.compress_sparse(torch.eye(32, 100))
         >>> w.nnz, w.layout
-        (32, 'bitmask_n16k64@1')
+        (32, 'bytes_n16k256@1')
     """
     stored = weight if mask is None else mask
     nnz = int(torch.count_nonzero(stored)) if isinstance(stored, Tensor) else 0
-    masks, offsets, values = torch.ops.openwork.compress_sparse(weight, mask, nnz)
+    if layout is None:
+        few = isinstance(stored, Tensor) and nnz <= BYTES_DENSITY * stored.numel()
+        layout = BYTES if few else BITMASK
+    elif layout not in SPARSE_LAYOUTS:
+        raise ValueError(f"compress_sparse: {_layout_message(layout)}")
+    number = TAGS.index(layout)
+    index, offsets, values = torch.ops.openwork.compress_sparse(weight, mask, nnz, number)
     n, k = weight.shape
-    return SparseWeight(masks, offsets, values, scales, LAYOUT, n, k).in_huge_pages()
+    return SparseWeight(index, offsets, values, scales, layout, n, k).in_huge_pages()
 
 
 def expand_sparse(weight: SparseWeight) -> Tensor:
@@ -79,7 +99,7 @@ def expand_sparse(weight: SparseWeight) -> Tensor:
         [[0.0, 2.0], [0.0, 0.0]]
     """
     w: Tensor = torch.ops.openwork.expand_sparse(
-        weight.masks, weight.offsets, weight.values, weight.layout_id, weight.n, weight.k
+        weight.index, weight.offsets, weight.values, weight.layout_id, weight.n, weight.k
     )
     return w
 
@@ -128,7 +148,7 @@ def sparse_arguments(
     numbers = (weight.layout_id, weight.n, weight.k)
     if isinstance(weight, BlockSparseWeight):
         return block_sparse_linear_overload, (weight.indptr, weight.indices, weight.values), numbers
-    tensors = (weight.masks, weight.offsets, weight.values, weight.scales)
+    tensors = (weight.index, weight.offsets, weight.values, weight.scales)
     return sparse_linear_overload, tensors, numbers
 
 
@@ -139,6 +159,16 @@ def check_layout_is(op: str, layout: int, want: str) -> None:
     check(known and got == want, f"{op}: layout must be {want}, got {got}")
 
 
+def _layout_message(got: str) -> str:
+    return f"layout must be {' or '.join(SPARSE_LAYOUTS)}, got {got}"
+
+
+def check_sparse_layout(op: str, layout: int) -> str:
+    tag = TAGS[layout] if 0 <= layout < len(TAGS) else f"id {layout}"
+    check(tag in SPARSE_LAYOUTS, f"{op}: {_layout_message(tag)}")
+    return tag
+
+
 def check_value_type(op: str, name: str, tensor: Tensor) -> None:
     check(tensor is not None, f"{op}: {name} must be a tensor, got None")
     check(
@@ -147,15 +177,36 @@ def check_value_type(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
-def pattern_shape(n: int, k: int) -> list[int]:
-    return [-(-n // PANEL), -(-k // _BLOCK_K)]
+def pattern_shape(tag: str, n: int, k: int) -> list[int]:
+    return [-(-n // PANEL), -(-k // block_of(tag))]
 
 
-def check_pattern(op: str, masks: Tensor, offsets: Tensor, layout: int, n: int, k: int) -> None:
-    check_layout_is(op, layout, LAYOUT)
+def _index_shape(tag: str, n: int, k: int, nnz: int) -> list[int]:
+    panels, blocks = pattern_shape(tag, n, k)
+    if tag == BITMASK:
+        return [panels, blocks, PANEL]
+    return [2 * PANEL * panels * blocks + nnz + sparse_padding(tag)]
+
+
+def _index_dtype(tag: str) -> torch.dtype:
+    return torch.int64 if tag == BITMASK else torch.uint8
+
+
+def check_geometry(op: str, layout: int, n: int, k: int) -> str:
+    tag = check_sparse_layout(op, layout)
     check_weight_size(op, n, k)
-    check_operand(op, "masks", masks, torch.int64, [*pattern_shape(n, k), PANEL])
-    check_operand(op, "offsets", offsets, torch.int32, pattern_shape(n, k))
+    return tag
+
+
+def check_index(op: str, name: str, index: Tensor, tag: str, n: int, k: int, nnz: int) -> None:
+    check_operand(op, name, index, _index_dtype(tag), _index_shape(tag, n, k, nnz))
+
+
+def check_pattern(
+    op: str, index: Tensor, offsets: Tensor, tag: str, n: int, k: int, nnz: int
+) -> None:
+    check_index(op, "index", index, tag, n, k, nnz)
+    check_operand(op, "offsets", offsets, torch.int32, pattern_shape(tag, n, k))
 
 
 def check_nnz(op: str, nnz: int, n: int, k: int) -> None:
@@ -163,13 +214,14 @@ def check_nnz(op: str, nnz: int, n: int, k: int) -> None:
     check(0 <= nnz <= most, f"{op}: nnz must be in 0 .. {most}, got {nnz}")
 
 
-def check_values(op: str, values: Tensor) -> int:
+def check_values(op: str, values: Tensor, tag: str) -> int:
+    padding = sparse_padding(tag)
     check(
-        values.dim() == 1 and values.shape[0] >= PADDING,
-        f"{op}: values must be [nnz + 1024], got {list(values.shape)}",
+        values.dim() == 1 and values.shape[0] >= padding,
+        f"{op}: values must be [nnz + {padding}], got {list(values.shape)}",
     )
     check_contiguous(op, "values", values)
-    nnz = values.shape[0] - PADDING
+    nnz = values.shape[0] - padding
     check(nnz < 2**31, f"{op}: values must be fewer than 2^31, got {nnz}")
     return nnz
 
@@ -177,7 +229,7 @@ def check_values(op: str, values: Tensor) -> int:
 @torch.library.register_fake("openwork::sparse_linear")
 def _sparse_linear_fake(
     x: Tensor,
-    masks: Tensor,
+    index: Tensor,
     offsets: Tensor,
     values: Tensor,
     scales: Tensor | None,
@@ -190,8 +242,9 @@ def _sparse_linear_fake(
     op = "sparse_linear"
     check_linear_x(op, x, k)
     check_value_type(op, "values", values)
-    check_values(op, values)
-    check_pattern(op, masks, offsets, layout, n, k)
+    tag = check_geometry(op, layout, n, k)
+    nnz = check_values(op, values, tag)
+    check_pattern(op, index, offsets, tag, n, k, nnz)
     if scales is not None:
         check_operand(op, "scales", scales, torch.float32, [n])
     return linear_result(op, x, n, bias, add)
@@ -199,7 +252,7 @@ def _sparse_linear_fake(
 
 @torch.library.register_fake("openwork::compress_sparse")
 def _compress_sparse_fake(
-    weight: Tensor, mask: Tensor | None, nnz: int
+    weight: Tensor, mask: Tensor | None, nnz: int, layout: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "compress_sparse"
     check_value_type(op, "weight", weight)
@@ -210,19 +263,21 @@ def _compress_sparse_fake(
         check_dtype(op, "mask", mask, torch.bool)
         check_shape(op, "mask", mask, [n, k])
     check_nnz(op, nnz, n, k)
+    tag = check_sparse_layout(op, layout)
     return (
-        weight.new_empty([*pattern_shape(n, k), PANEL], dtype=torch.int64),
-        weight.new_empty(pattern_shape(n, k), dtype=torch.int32),
-        weight.new_empty((nnz + PADDING,)),
+        weight.new_empty(_index_shape(tag, n, k, nnz), dtype=_index_dtype(tag)),
+        weight.new_empty(pattern_shape(tag, n, k), dtype=torch.int32),
+        weight.new_empty((nnz + sparse_padding(tag),)),
     )
 
 
 @torch.library.register_fake("openwork::expand_sparse")
 def _expand_sparse_fake(
-    masks: Tensor, offsets: Tensor, values: Tensor, layout: int, n: int, k: int
+    index: Tensor, offsets: Tensor, values: Tensor, layout: int, n: int, k: int
 ) -> Tensor:
     op = "expand_sparse"
     check_value_type(op, "values", values)
-    check_values(op, values)
-    check_pattern(op, masks, offsets, layout, n, k)
+    tag = check_geometry(op, layout, n, k)
+    nnz = check_values(op, values, tag)
+    check_pattern(op, index, offsets, tag, n, k, nnz)
     return values.new_empty((n, k))

@@ -8,20 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import SparseWeight
-from .checks import (
-    check,
-    check_dtype,
-    check_linear_x,
-    check_operand,
-    check_weight_size,
-    linear_result,
-)
+from ..packing import SparseWeight, sparse_padding
+from .checks import check, check_dtype, check_linear_x, check_operand, linear_result
 from .sparse import (
-    LAYOUT,
-    PADDING,
-    PANEL,
-    check_layout_is,
+    TAGS,
+    check_geometry,
+    check_index,
     check_nnz,
     check_pattern,
     check_values,
@@ -47,7 +39,7 @@ def sparse_values_grad(g: Tensor, x: Tensor, weight: SparseWeight) -> Tensor:
         weight: the pattern; its values are not read.
 
     Returns:
-        ``[nnz + 1024]`` float32 in the order of ``weight.values``; the last 1024 are zero.
+        float32 of the length and in the order of ``weight.values``, its zeros among them.
 
     Raises:
         ValueError: a wrong dtype or shape.
@@ -59,7 +51,7 @@ def sparse_values_grad(g: Tensor, x: Tensor, weight: SparseWeight) -> Tensor:
         2.0
     """
     grad: Tensor = sparse_values_grad_overload(
-        g, x, weight.masks, weight.offsets, weight.nnz, weight.layout_id, weight.n, weight.k
+        g, x, weight.index, weight.offsets, weight.nnz, weight.layout_id, weight.n, weight.k
     )
     return grad
 
@@ -68,8 +60,8 @@ def transposed_pattern(weight: SparseWeight) -> tuple[SparseWeight, Tensor]:
     """The pattern of the transposed weight, and where its values are in the weight's.
 
     Returns:
-        A :class:`~openwork.SparseWeight` ``[k, n]`` of float32 and ``order [nnz + 1024]`` int64
-        with ``transposed.values = weight.values[order]``.
+        A :class:`~openwork.SparseWeight` ``[k, n]`` of float32 in the same layout, and ``order``
+        int64, as long as the values, with ``transposed.values = weight.values[order]``.
 
     Example:
         >>> w = openwork.compress_sparse(torch.randn(20, 30))
@@ -81,7 +73,7 @@ def transposed_pattern(weight: SparseWeight) -> tuple[SparseWeight, Tensor]:
     place = torch.arange(weight.values.numel(), dtype=torch.int32)
     dense = expand_sparse(_with_values(weight, place.view(torch.float32)))
     stored = expand_sparse(_with_values(weight, torch.ones(len(place)))) != 0
-    pattern = compress_sparse(dense.T.contiguous(), stored.T.contiguous())
+    pattern = compress_sparse(dense.T.contiguous(), stored.T.contiguous(), layout=weight.layout)
     order = pattern.values.view(torch.int32).long()
     order[pattern.nnz :] = place[pattern.nnz :]
     return _with_values(pattern, weight.values.float()[order]), order
@@ -103,7 +95,7 @@ def sparse_linear_train(
 
     Args:
         x: ``[..., k]`` float32, bfloat16 or float16.
-        values: ``[nnz + 1024]`` float32, in place of ``weight.values``.
+        values: float32 of the length of ``weight.values``, in place of them.
         weight: the pattern.
         transposed: its transposed pattern, and
         order: where the transposed values are, both from :func:`transposed_pattern`.
@@ -127,9 +119,9 @@ def sparse_linear_train(
     y: Tensor = sparse_linear_train_overload(
         x,
         values,
-        weight.masks,
+        weight.index,
         weight.offsets,
-        transposed.masks,
+        transposed.index,
         transposed.offsets,
         order,
         weight.layout_id,
@@ -140,24 +132,24 @@ def sparse_linear_train(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, masks, offsets, t_masks, t_offsets, order, *numbers = inputs
-    ctx.save_for_backward(x, values, masks, offsets, t_masks, t_offsets, order)
+    x, values, index, offsets, t_index, t_offsets, order, *numbers = inputs
+    ctx.save_for_backward(x, values, index, offsets, t_index, t_offsets, order)
     ctx.numbers = numbers
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, masks, offsets, t_masks, t_offsets, order = ctx.saved_tensors
+    x, values, index, offsets, t_index, t_offsets, order = ctx.saved_tensors
     layout, n, k = ctx.numbers
     grad_x = grad_values = None
     if ctx.needs_input_grad[0]:
         t_values = values.index_select(0, order)
         grad_x = sparse_linear_overload(
-            g, t_masks, t_offsets, t_values, None, None, None, layout, k, n
+            g, t_index, t_offsets, t_values, None, None, None, layout, k, n
         )
     if ctx.needs_input_grad[1]:
-        nnz = values.shape[0] - PADDING
+        nnz = values.shape[0] - sparse_padding(TAGS[layout])
         grad_values = sparse_values_grad_overload(
-            g.to(x.dtype), x, masks, offsets, nnz, layout, n, k
+            g.to(x.dtype), x, index, offsets, nnz, layout, n, k
         )
     return (grad_x, grad_values, *[None] * 8)
 
@@ -171,9 +163,9 @@ torch.library.register_autograd(
 def _sparse_linear_train_fake(
     x: Tensor,
     values: Tensor,
-    masks: Tensor,
+    index: Tensor,
     offsets: Tensor,
-    t_masks: Tensor,
+    t_index: Tensor,
     t_offsets: Tensor,
     order: Tensor,
     layout: int,
@@ -183,17 +175,18 @@ def _sparse_linear_train_fake(
     op = "sparse_linear_train"
     check_linear_x(op, x, k)
     check_dtype(op, "values", values, torch.float32)
-    nnz = check_values(op, values)
-    check_pattern(op, masks, offsets, layout, n, k)
-    check_operand(op, "t_masks", t_masks, torch.int64, [*pattern_shape(k, n), PANEL])
-    check_operand(op, "t_offsets", t_offsets, torch.int32, pattern_shape(k, n))
-    check_operand(op, "order", order, torch.int64, [nnz + PADDING])
+    tag = check_geometry(op, layout, n, k)
+    nnz = check_values(op, values, tag)
+    check_pattern(op, index, offsets, tag, n, k, nnz)
+    check_index(op, "t_index", t_index, tag, k, n, nnz)
+    check_operand(op, "t_offsets", t_offsets, torch.int32, pattern_shape(tag, k, n))
+    check_operand(op, "order", order, torch.int64, [nnz + sparse_padding(tag)])
     return linear_result(op, x, n, None, None)
 
 
 @torch.library.register_fake("openwork::sparse_values_grad")
 def _sparse_values_grad_fake(
-    g: Tensor, x: Tensor, masks: Tensor, offsets: Tensor, nnz: int, layout: int, n: int, k: int
+    g: Tensor, x: Tensor, index: Tensor, offsets: Tensor, nnz: int, layout: int, n: int, k: int
 ) -> Tensor:
     op = "sparse_values_grad"
     check_linear_x(op, x, k)
@@ -206,8 +199,7 @@ def _sparse_values_grad_fake(
         g.shape[:-1] == x.shape[:-1],
         f"{op}: g must have the rows of x, {list(x.shape)}, got {list(g.shape)}",
     )
-    check_layout_is(op, layout, LAYOUT)
-    check_weight_size(op, n, k)
+    tag = check_geometry(op, layout, n, k)
     check_nnz(op, nnz, n, k)
-    check_pattern(op, masks, offsets, layout, n, k)
-    return x.new_empty((nnz + PADDING,), dtype=torch.float32)
+    check_pattern(op, index, offsets, tag, n, k, nnz)
+    return x.new_empty((nnz + sparse_padding(tag),), dtype=torch.float32)

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.sparse import (
-    compress_sparse,
-    expand_sparse,
-    sparse_linear,
-)
-from ..packing import SparseWeight
+from ..ops.sparse import BYTES_DENSITY, TAGS, compress_sparse, expand_sparse, sparse_linear
+from ..packing import SPARSE_LAYOUTS, SparseWeight, sparse_padding
 from .case import EPS, TINY, Cost, OpCase, Reject, Sample, Workload
 
 
@@ -70,7 +66,13 @@ def linear_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def make_sparse_weight(
-    n: int, k: int, density: float, dtype: torch.dtype, seed: int = 0, scaled: bool = False
+    n: int,
+    k: int,
+    density: float,
+    dtype: torch.dtype,
+    seed: int = 0,
+    scaled: bool = False,
+    layout: str | None = None,
 ) -> SparseWeight:
     """Random elements of a normal (or int8) matrix."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +82,7 @@ def make_sparse_weight(
         weight = torch.randn(n, k, generator=generator).to(dtype)
     mask = torch.rand(n, k, generator=generator) < density
     scales = torch.rand(n, generator=generator) + 0.5 if scaled else None
-    return compress_sparse(weight, mask, scales)
+    return compress_sparse(weight, mask, scales, layout)
 
 
 # (m, n, k, density): 1s, primes, one less and one more than each tile, empty and full.
@@ -101,15 +103,21 @@ _VALUES = ((torch.float32, False), (torch.bfloat16, False), (torch.int8, True))
 
 
 def _linear_samples() -> Iterator[Sample]:
+    for layout in SPARSE_LAYOUTS:
+        for sample in _layout_samples(layout):
+            yield replace(sample, name=f"{layout.partition('_')[0]}-{sample.name}")
+
+
+def _layout_samples(layout: str) -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(1)
     for i, (m, n, k, density) in enumerate(SHAPES):
         for j, (values, scaled) in enumerate(_VALUES):
             dtype = list(EPS)[(i + j) % 3]
-            weight = make_sparse_weight(n, k, density, values, scaled=scaled)
+            weight = make_sparse_weight(n, k, density, values, scaled=scaled, layout=layout)
             x = torch.randn(m, k, generator=generator).to(dtype)
             name = f"{m}x{n}x{k}-{density}-{str(values)[6:]}-{str(dtype)[6:]}"
             yield Sample(name, (x, weight))
-    weight = make_sparse_weight(48, 100, 0.5, torch.float32, scaled=True)
+    weight = make_sparse_weight(48, 100, 0.5, torch.float32, scaled=True, layout=layout)
     x = torch.randn(2, 3, 100, generator=generator)
     bias = torch.randn(48, generator=generator)
     add = torch.randn(2, 3, 48, generator=generator)
@@ -134,22 +142,31 @@ def pattern_rejects(weight: SparseWeight) -> Iterator[tuple[str, SparseWeight, s
         return replace(weight, **changes)
 
     low, high = weight.offsets.clone(), weight.offsets.clone()
-    low[1, 0], high[2, 1] = -1, weight.nnz + 1
+    low[1, 0], high[2, -1] = -1, weight.nnz + 1
     outside = f"offsets must be in 0 .. {weight.nnz} (nnz), got one outside"
     yield "offset below", broken(offsets=low), outside, True
     yield "offset above", broken(offsets=high), outside, True
-    yield "n", broken(n=80), "masks must have shape [5, 2, 16], got [3, 2, 16]", False
-    yield "masks", broken(masks=weight.masks.int()), "masks must be int64, got int32", False
-    yield "offsets", broken(offsets=weight.offsets[:2]), "offsets must have shape [3, 2]", False
-    yield "values", broken(values=weight.values[:1023]), "values must be [nnz + 1024]", False
+    blocks = weight.offsets.shape[1]
+    want = [5, blocks, 16] if weight.index.dim() == 3 else [weight.index.numel() + 64 * blocks]
+    shape = f"index must have shape {want}, got {list(weight.index.shape)}"
+    yield "n", broken(n=80), shape, False
+    index = "index must be int64" if weight.index.dim() == 3 else "index must be uint8"
+    yield "index", broken(index=weight.index.int()), f"{index}, got int32", False
+    offsets = f"offsets must have shape [3, {blocks}]"
+    yield "offsets", broken(offsets=weight.offsets[:2]), offsets, False
+    padding = sparse_padding(weight.layout)
+    few = broken(values=weight.values[: padding - 1])
+    yield "values", few, f"values must be [nnz + {padding}]", False
     yield "values dtype", broken(values=weight.values.half()), "values must be float32", False
 
 
 def _linear_rejects() -> Iterator[Reject]:
-    weight = make_sparse_weight(48, 100, 0.5, torch.float32)
     x = torch.randn(2, 100)
-    for name, broken, message, of_values in pattern_rejects(weight):
-        yield Reject(name, (x, broken), {}, message, of_values)
+    for layout in SPARSE_LAYOUTS:
+        weight = make_sparse_weight(48, 100, 0.5, torch.float32, layout=layout)
+        for name, broken, message, of_values in pattern_rejects(weight):
+            kind = layout.partition("_")[0]
+            yield Reject(f"{kind} {name}", (x, broken), {}, message, of_values)
     scales = replace(weight, scales=torch.ones(47))
     yield Reject("scales", (x, scales), {}, "scales must have shape [48], got [47]")
     yield Reject("dtype", (x.double(), weight), {}, "x must be float32, bfloat16 or float16")
@@ -165,22 +182,30 @@ def pattern_numbers(w: SparseWeight) -> tuple[int, int, int]:
 def _raw_linear(sample: Sample) -> tuple[Any, ...]:
     x, w = sample.args[:2]
     terms = (sample.kwargs.get("bias"), sample.kwargs.get("add"))
-    return (x, w.masks, w.offsets, w.values, w.scales, *terms, *pattern_numbers(w))
+    return (x, w.index, w.offsets, w.values, w.scales, *terms, *pattern_numbers(w))
 
 
-def round_trip(weight: Tensor, mask: Tensor | None = None) -> Tensor:
+def round_trip(weight: Tensor, mask: Tensor | None = None, layout: str | None = None) -> Tensor:
     """``expand_sparse(compress_sparse(...))``, whose reference keeps what the mask says."""
-    return expand_sparse(compress_sparse(weight, mask))
+    return expand_sparse(compress_sparse(weight, mask, layout=layout))
+
+
+def _round_trip_reference(
+    weight: Tensor, mask: Tensor | None = None, layout: str | None = None
+) -> Tensor:
+    return weight if mask is None else weight * mask
 
 
 def _round_trip_samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(2)
-    for n, k in ((1, 1), (16, 64), (17, 65), (33, 200)):
+    for n, k in ((1, 1), (16, 64), (17, 65), (33, 200), (20, 520)):
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             weight = (3 * torch.randn(n, k, generator=generator)).to(dtype)
             mask = torch.rand(n, k, generator=generator) < 0.5
-            yield Sample(f"{n}x{k}-{str(dtype)[6:]}", (weight * mask,))
-            yield Sample(f"{n}x{k}-{str(dtype)[6:]}-mask", (weight, mask))
+            for layout in SPARSE_LAYOUTS:
+                name = f"{layout.partition('_')[0]}-{n}x{k}-{str(dtype)[6:]}"
+                yield Sample(name, (weight * mask,), {"layout": layout})
+                yield Sample(f"{name}-mask", (weight, mask), {"layout": layout})
     yield Sample("strided", (weight.T, mask.T))
     yield Sample("nothing", (torch.zeros(5, 70),))
 
@@ -196,7 +221,9 @@ def _round_trip_rejects() -> Iterator[Reject]:
 
 def _raw_round_trip(sample: Sample) -> tuple[Any, ...]:
     weight, mask = (*sample.args, None)[:2]
-    return (weight, mask, int(torch.count_nonzero(weight if mask is None else mask)))
+    layout = sample.kwargs.get("layout", SPARSE_LAYOUTS[0])
+    nnz = int(torch.count_nonzero(weight if mask is None else mask))
+    return (weight, mask, nnz, TAGS.index(layout))
 
 
 @lru_cache(maxsize=1)
@@ -219,7 +246,7 @@ def _linear_workloads() -> Iterator[Workload]:
     for values in ("float32", "bfloat16", "int8"):
         for m in (1, 16, 128, 512):
             # The densities above a half only where the curve against dense is wanted.
-            for density in (0.5, 0.25, 0.1, *((0.75, 0.9) if values == "float32" else ())):
+            for density in (0.5, 0.25, 0.1, 0.05, *((0.75, 0.9) if values == "float32" else ())):
                 params = {"m": m, "n": 4096, "k": 4096, "density": density, "format": values}
                 yield _workload({**params, "dtype": "float32"})
 
@@ -227,7 +254,10 @@ def _linear_workloads() -> Iterator[Workload]:
 def _linear_cost(params: Mapping[str, Any]) -> Cost:
     m, n, k = params["m"], params["n"], params["k"]
     stored = round(n * k * params["density"])
-    weight = stored * getattr(torch, params["format"]).itemsize + n * k // 8 + n * k // 256
+    # An index and offsets of 4 bytes a block.
+    few = params["density"] <= BYTES_DENSITY
+    index = stored + n * k * 36 // 4096 if few else n * k // 8 + n * k // 256
+    weight = stored * getattr(torch, params["format"]).itemsize + index
     moved = weight + m * (n + k) * getattr(torch, params["dtype"]).itemsize
     return Cost(moved, 2 * m * stored, "fp32")
 
@@ -247,7 +277,7 @@ CASES = (
     OpCase(
         "compress_sparse",
         round_trip,
-        lambda weight, mask=None: weight if mask is None else weight * mask,
+        _round_trip_reference,
         lambda sample, expected: (0.0,),
         raw=_raw_round_trip,
         samples=lambda: list(_round_trip_samples()),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.sparse import expand_sparse
 from ..ops.sparse_training import sparse_linear_train, sparse_values_grad, transposed_pattern
-from ..packing import SparseWeight
+from ..packing import SPARSE_LAYOUTS, SparseWeight
 from .case import EPS, OpCase, Reject, Sample
 from .sparse import (
     SHAPES,
@@ -50,21 +50,25 @@ def _grad_tolerance(sample: Sample, expected: tuple[Tensor, ...]) -> tuple[Tenso
 def _grad_samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(3)
     for i, (m, n, k, density) in enumerate(SHAPES):
-        weight = make_sparse_weight(n, k, density, torch.float32)
         dtype = list(EPS)[i % 3]
         g = torch.randn(m, n, generator=generator).to(dtype)
         x = torch.randn(m, k, generator=generator).to(dtype)
-        yield Sample(f"{m}x{n}x{k}-{density}-{str(dtype)[6:]}", (g, x, weight))
+        for layout in SPARSE_LAYOUTS:
+            weight = make_sparse_weight(n, k, density, torch.float32, layout=layout)
+            name = f"{layout.partition('_')[0]}-{m}x{n}x{k}-{density}-{str(dtype)[6:]}"
+            yield Sample(name, (g, x, weight))
     yield Sample("batched", (g.view(1, m, n), x.view(1, m, k), weight))
     yield Sample("no-rows", (g[:0], x[:0], weight))
 
 
 def _grad_rejects() -> Iterator[Reject]:
-    weight = make_sparse_weight(48, 100, 0.5, torch.float32)
     g, x = torch.randn(2, 48), torch.randn(2, 100)
-    for name, broken, message, of_values in pattern_rejects(weight):
-        if name != "n" and "values" not in name:
-            yield Reject(name, (g, x, broken), {}, message, of_values)
+    for layout in SPARSE_LAYOUTS:
+        weight = make_sparse_weight(48, 100, 0.5, torch.float32, layout=layout)
+        for name, broken, message, of_values in pattern_rejects(weight):
+            if name != "n" and "values" not in name:
+                kind = layout.partition("_")[0]
+                yield Reject(f"{kind} {name}", (g, x, broken), {}, message, of_values)
     yield Reject("g", (g[:, :47], x, weight), {}, "a last one of n = 48, got [2, 47]")
     yield Reject("rows", (g[:1], x, weight), {}, "g must have the rows of x, [2, 100]")
     yield Reject("g dtype", (g.half(), x, weight), {}, "g must be float32, got float16")
@@ -72,7 +76,7 @@ def _grad_rejects() -> Iterator[Reject]:
 
 def _raw_grad(sample: Sample) -> tuple[Any, ...]:
     g, x, w = sample.args
-    return (g, x, w.masks, w.offsets, w.nnz, *pattern_numbers(w))
+    return (g, x, w.index, w.offsets, w.nnz, *pattern_numbers(w))
 
 
 def train_reference(
@@ -85,10 +89,11 @@ def train_reference(
 def _train_samples() -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(4)
     for m, n, k, density in SHAPES[1::3]:
-        weight = make_sparse_weight(n, k, density, torch.float32)
         x = torch.randn(m, k, generator=generator)
-        args = (x, weight.values, weight, *transposed_pattern(weight))
-        yield Sample(f"{m}x{n}x{k}-{density}", args)
+        for layout in SPARSE_LAYOUTS:
+            weight = make_sparse_weight(n, k, density, torch.float32, layout=layout)
+            args = (x, weight.values, weight, *transposed_pattern(weight))
+            yield Sample(f"{layout.partition('_')[0]}-{m}x{n}x{k}-{density}", args)
 
 
 def _train_rejects() -> Iterator[Reject]:
@@ -101,14 +106,14 @@ def _train_rejects() -> Iterator[Reject]:
             yield Reject(name, args, {}, message, of_values)
     values = weight.values
     yield Reject("order", (x, values, weight, t, order[1:]), {}, "order must have shape")
-    yield Reject("transposed", (x, values, weight, weight, order), {}, "t_masks must have shape")
+    yield Reject("transposed", (x, values, weight, weight, order), {}, "t_index must have shape")
     bad = (x, values.bfloat16(), weight, t, order)
     yield Reject("values", bad, {}, "values must be float32, got bfloat16")
 
 
 def _raw_train(sample: Sample) -> tuple[Any, ...]:
     x, values, w, t, order = sample.args
-    return (x, values, w.masks, w.offsets, t.masks, t.offsets, order, *pattern_numbers(w))
+    return (x, values, w.index, w.offsets, t.index, t.offsets, order, *pattern_numbers(w))
 
 
 CASES = (
