@@ -8,11 +8,11 @@ const char* launch_error_text(int error) { return cudaGetErrorString(cudaError_t
 int compute_capability(int device) {
   int major = 0;
   int minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    return 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   }
-  return 10 * major + minor;
+  return error == cudaSuccess ? 10 * major + minor : -int(error);
 }
 
 int multiprocessors(int device) {

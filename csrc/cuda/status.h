@@ -10,7 +10,8 @@ struct LaunchStatus {
 
 // Implemented in cuda/runtime.cu, and in testing/cuda/runtime.cpp for the emulation.
 const char* launch_error_text(int error);
-// 10 * major + minor, as in sm_80, or 0 if the device cannot be asked.
+// 10 * major + minor, as in sm_80, or minus the CUDA error where the runtime cannot say: one that
+// is newer than the driver, for instance.
 int compute_capability(int device);
 // Of a device, at least 1.
 int multiprocessors(int device);

@@ -43,6 +43,14 @@ def test_gpus_that_are_too_old(case: OpCase, monkeypatch: pytest.MonkeyPatch) ->
         emulated_operator(case.name)(*_arguments(case))
 
 
+def test_drivers_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Minus the error of a driver older than the runtime.
+    monkeypatch.setenv("OPENWORK_EMULATED_CAPABILITY", "-35")
+    message = "^hadamard: the CUDA runtime must know the device, got CUDA error 35: CUDA driver ver"
+    with pytest.raises(RuntimeError, match=message):
+        emulated_operator("hadamard")(torch.ones(1, 4), 4)
+
+
 @pytest.mark.parametrize("case", REFUSING, ids=lambda c: c.name)
 def test_launches_that_fail_name_the_kernel(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
     # No launch asks for as little shared memory.

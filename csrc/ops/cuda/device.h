@@ -79,6 +79,7 @@ class Device {
     constexpr int kOldest = 80;
     const int32_t index = place_of(tensor).device_index;
     const int capability = compute_capability(index);
+    if (capability < 0) fail_with("the CUDA runtime must know the device", -capability);
     OW_CHECK(capability >= kOldest, op, ": ", name,
              " must be on a GPU of compute capability 8.0 or later, got ", capability / 10, ".",
              capability % 10);
@@ -95,13 +96,17 @@ class Device {
   void check(const LaunchStatus& status) const {
     if (status.error == 0) [[likely]]
       return;
-    std::ostringstream message;
-    message << op_ << ": kernel " << status.kernel << " must launch, got CUDA error "
-            << status.error << ": " << launch_error_text(status.error);
-    throw std::runtime_error(message.str());
+    fail_with("kernel " + std::string(status.kernel) + " must launch", status.error);
   }
 
  private:
+  [[noreturn]] void fail_with(const std::string& expected, int error) const {
+    std::ostringstream message;
+    message << op_ << ": " << expected << ", got CUDA error " << error << ": "
+            << launch_error_text(error);
+    throw std::runtime_error(message.str());
+  }
+
   const char* op_;
 #if !defined(OW_CUDA_EMULATED)
   torch::stable::accelerator::DeviceGuard guard_;

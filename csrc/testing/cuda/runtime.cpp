@@ -11,6 +11,7 @@ namespace {
 // Names and numbers are CUDA's.
 constexpr int kErrorInvalidValue = 1;
 constexpr int kErrorInvalidConfiguration = 9;
+constexpr int kErrorInsufficientDriver = 35;
 
 int setting(const char* variable, int otherwise) {
   const char* text = getenv(variable);
@@ -35,9 +36,13 @@ int launch_error(dim3 grid, int threads, int shared_bytes) {
 }  // namespace emulation
 
 const char* launch_error_text(int error) {
-  return error == kErrorInvalidValue           ? "invalid argument"
-         : error == kErrorInvalidConfiguration ? "invalid configuration argument"
-                                               : "no error";
+  switch (error) {
+    case kErrorInvalidValue: return "invalid argument";
+    case kErrorInvalidConfiguration: return "invalid configuration argument";
+    case kErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+  }
+  return "no error";
 }
 int compute_capability(int) { return setting("OPENWORK_EMULATED_CAPABILITY", 80); }
 // More than small sizes have tiles for, which are cut then.
