@@ -59,7 +59,7 @@ def test_active_linear_skips_small_activations() -> None:
     _close(module(x), dense @ torch.where(x.abs() > 0.6, x, 0.0))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "w3", "w4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "w3"])
 def test_active_linear_of_many_rows_is_the_same_product(kind: str) -> None:
     """Also at thresholds that some elements equal, and with NaN, which is active."""
     weight = make_column_weight(N, K, kind, 32, symmetric=False)
@@ -71,9 +71,7 @@ def test_active_linear_of_many_rows_is_the_same_product(kind: str) -> None:
     many = module(x, add=add)
     assert torch.equal(add, kept)
     size = x.abs() @ openwork.unpack_columns(weight).float().abs().T + bias.abs() + add.abs()
-    # Codes are summed apart from their zero points.
-    codes = 2.0 ** (weight.bits + 1) * float(x.abs().sum(1).max())
-    assert ((many - rows).abs() <= 2.0**-24 * (2 * K + 4) * (size + codes)).all()
+    assert ((many - rows).abs() <= 2 * 2.0**-24 * (K + 4) * size).all()
     x[3, 5] = torch.nan
     assert module(x)[3].isnan().all()
     assert not module(x)[4].isnan().any()

@@ -56,8 +56,8 @@ class SrSteLinear(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """``x [..., k] -> [..., n]``; ``add`` has the shape of the result."""
-        # Not ops.nm_linear_ste, which packs the weight anew for a product without zeros: on layers of
-        # a small model that took longer (1536 x 576, 255 tokens, both ways: 19 ms for 17).
+        # Not ops.nm_linear_ste, which packs the weight anew for a product without zeros: on layers
+        # of a small model that took longer (1536 x 576, 255 tokens, both ways: 19 ms for 17).
         keep = keep_largest(self.weight.detach(), self.pattern)
         y = F.linear(x, straight_through(self.weight, keep, self.decay), self.bias)
         return y if add is None else y + add
