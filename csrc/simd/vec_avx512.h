@@ -78,7 +78,7 @@ OW_INLINE VecBf16 load_factors_n(const bf16* p, int64_t n) {
 }
 OW_INLINE VecF fma(VecBf16 a, VecBf16 b, VecF c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
 // sum += two products a lane, where many sums are in registers: round the intrinsic gcc 12 copies
-// them.
+// them. (In simd/attention.h it is the other way round: there asm leaves sums in memory.)
 OW_INLINE void dot2(VecF& sum, __m512i a, __m512i b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a), "v"(b));
 }
