@@ -93,9 +93,9 @@ void choose_outliers(const T* x, int64_t d, const float* means, int64_t count, u
     flags[c] = 0;
   }
   for (int64_t i = 0; i < count; ++i) {
-    int64_t best = -1;
+    int64_t best = 0;
     for (int64_t c = 0; c < d; ++c) {
-      if (flags[c] == 0 && (best < 0 || distance[c] > distance[best])) best = c;
+      if (flags[best] != 0 || (flags[c] == 0 && distance[c] > distance[best])) best = c;
     }
     flags[best] = 1;
   }

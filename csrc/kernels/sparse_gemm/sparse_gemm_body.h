@@ -3,7 +3,7 @@
 //
 // A stored value costs a broadcast and, for each vector of tokens, a load and a multiply-add, so
 // the load ports are what binds: of L1-resident panels of 128 tokens, 9 loads for 8 multiply-adds
-// on AVX-512. Hence wide panels, and steps of k whose panel rows fill 32 KiB, two thirds of an L1.
+// on AVX-512. Hence wide panels, and steps of k whose panel rows fill 32 KiB, a small L1 cache.
 // (Two rows that share the loads of the columns both store measured the same: fewer loads, more
 // instructions and more loops whose ends are mispredicted. Those ends are what is left: of the rate
 // the loads allow, half stored reaches three quarters and a tenth stored, 6 values a row of a

@@ -74,12 +74,6 @@ OW_INLINE void look_up(const uint8_t* column, int64_t count, const __m512i* x, f
   }
 }
 
-OW_INLINE __m512 sixteen_values(const float* p) { return _mm512_loadu_ps(p); }
-OW_INLINE __m512 sixteen_values(const bf16* p) { return load(p).v; }
-OW_INLINE __m512 sixteen_values(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_epi8(p)));
-}
-
 template <class T>
 void dot_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
   const SparsePattern& w = a.w;
@@ -100,11 +94,11 @@ void dot_panel(const SparseGemmArgs& a, int64_t row, int64_t panel) {
       int64_t count = row_count(counts, r);
       __m512 sum = _mm512_loadu_ps(sums[r]);
       for (; count > kLanes; count -= kLanes, value += kLanes, columns += kLanes) {
-        sum = _mm512_fmadd_ps(sixteen_values(value), _mm512_loadu_ps(columns), sum);
+        sum = _mm512_fmadd_ps(load(value).v, _mm512_loadu_ps(columns), sum);
       }
       // What lies past a row belongs to another.
       const __mmask16 lanes = __mmask16(_bzhi_u32(0xffff, uint32_t(count)));
-      sum = _mm512_mask3_fmadd_ps(sixteen_values(value), _mm512_loadu_ps(columns), sum, lanes);
+      sum = _mm512_mask3_fmadd_ps(load(value).v, _mm512_loadu_ps(columns), sum, lanes);
       _mm512_storeu_ps(sums[r], sum);
       value += count;
       columns += count;

@@ -12,12 +12,6 @@
 namespace ow::OW_TARGET {
 namespace {
 
-OW_INLINE __m512 sixteen_values(const float* p) { return _mm512_loadu_ps(p); }
-OW_INLINE __m512 sixteen_values(const bf16* p) { return load(p).v; }
-OW_INLINE __m512 sixteen_values(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_epi8(p)));
-}
-
 // sum + value_j * x[column_j] for the first `count` of 16 columns. Lanes past them are left alone,
 // so neither an infinite x nor another row's value does harm.
 template <class T>
@@ -29,7 +23,7 @@ OW_INLINE __m512 add_selected(__m128i columns, uint32_t count, const T* value, c
   const __mmask16 is_high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
   const __m512 selected = _mm512_mask_blend_ps(is_high, low, high);
   const __mmask16 lanes = __mmask16(_bzhi_u32(0xffff, count));
-  return _mm512_mask3_fmadd_ps(sixteen_values(value), selected, sum, lanes);
+  return _mm512_mask3_fmadd_ps(load(value).v, selected, sum, lanes);
 }
 
 // Values 16 and on of a row of a block.
