@@ -87,16 +87,12 @@ struct KVPages {
 
 OW_INLINE bool is_dense(const KVSide& side) { return side.bits >= 16; }
 
-// Codes: bytes from one k_block of a panel to the next, k of one, and bytes of a panel.
-OW_INLINE int64_t kv_block_bytes(int32_t bits) { return block_bytes(bits); }
-OW_INLINE int64_t kv_block_k(int32_t bits) { return block_k(bits); }
-OW_INLINE int64_t kv_panel_bytes(int32_t bits, int64_t k) { return panel_bytes(bits, k); }
 // Bytes of codes from one page to the next.
 OW_INLINE int64_t kv_key_page_bytes(int32_t bits, int64_t page_size, int64_t d) {
-  return page_size / kKVPanel * kv_panel_bytes(bits, d);
+  return page_size / kKVPanel * panel_bytes(bits, d);
 }
 OW_INLINE int64_t kv_value_page_bytes(int32_t bits, int64_t page_size, int64_t d) {
-  return div_up(d, kKVPanel) * kv_panel_bytes(bits, page_size);
+  return div_up(d, kKVPanel) * panel_bytes(bits, page_size);
 }
 // The lines of the codes of n and of 4 consecutive k, from the start of the page's codes.
 OW_INLINE CodeLines kv_code_place(int32_t bits, int64_t panel_bytes, int64_t n, int64_t k) {

@@ -108,10 +108,10 @@ void read_side(const char* op, const std::string& part, bool codebook, ScalarTyp
       reader->data<int32_t>(part + "_committed", ScalarType::Int, {p->b, p->kv_heads});
   const Tensor& codes = reader->peek();
   if (keys) p->pages = codes.dim() > 0 ? codes.size(0) : 0;
-  const int64_t block_k = kv_block_k(side->bits);
-  const int64_t lines = kv_block_bytes(side->bits) / 128;
+  const int64_t block = block_k(side->bits);
+  const int64_t lines = block_bytes(side->bits) / 128;
   const int64_t panels = keys ? p->page_size / kKVPanel : div_up(d, kKVPanel);
-  const int64_t blocks = keys ? div_up(d, block_k) : p->page_size / block_k;
+  const int64_t blocks = keys ? div_up(d, block) : p->page_size / block;
   side->codes = reader->data<uint8_t>(part + "_codes", ScalarType::Byte,
                                       {p->pages, panels, blocks, 2, lines, kKVHalf, 4});
   const bool channel = side->axis == KVAxis::channel;

@@ -18,10 +18,10 @@ constexpr uint32_t kEachByte = 0x01010101;
 
 // Keys: a lane of each line is the token's own, so it is written whole. `codes` are zero past d.
 OW_INLINE void put_key_codes(const KVSide& s, uint8_t* page, int64_t token, const uint8_t* codes) {
-  uint8_t* out = page + kv_code_place(s.bits, kv_panel_bytes(s.bits, s.d), token, 0).line +
-                 token % kKVHalf * 4;
-  const int64_t step = kv_block_bytes(s.bits);
-  for (int64_t k = 0; k < s.d; k += kv_block_k(s.bits), out += step) {
+  uint8_t* out =
+      page + kv_code_place(s.bits, panel_bytes(s.bits, s.d), token, 0).line + token % kKVHalf * 4;
+  const int64_t step = block_bytes(s.bits);
+  for (int64_t k = 0; k < s.d; k += block_k(s.bits), out += step) {
     const uint8_t* in = codes + k;
     switch (s.bits) {
       case 8:
@@ -49,7 +49,7 @@ OW_INLINE void put_key_codes(const KVSide& s, uint8_t* page, int64_t token, cons
 }
 
 OW_INLINE void get_key_codes(const KVSide& s, const uint8_t* page, int64_t token, uint8_t* codes) {
-  const int64_t panel = kv_panel_bytes(s.bits, s.d);
+  const int64_t panel = panel_bytes(s.bits, s.d);
   const uint32_t mask = kEachByte * ((1u << (s.bits == 3 ? 3 : s.bits)) - 1);
   for (int64_t k = 0; k < s.d; k += 4) {
     const CodeLines at = kv_code_place(s.bits, panel, token, k);
@@ -73,7 +73,7 @@ OW_INLINE void put_bits(uint8_t* line, int64_t lanes, int shift, uint32_t mask,
 }
 OW_INLINE void put_value_codes(const KVSide& s, int64_t page_size, uint8_t* page, int64_t token,
                                const uint8_t* codes) {
-  const int64_t panel = kv_panel_bytes(s.bits, page_size);
+  const int64_t panel = panel_bytes(s.bits, page_size);
   const int byte = int(token % 4) * 8;
   for (int64_t n = 0; n < s.d; n += kKVHalf) {
     const CodeLines at = kv_code_place(s.bits, panel, n, token);
@@ -87,7 +87,7 @@ OW_INLINE void put_value_codes(const KVSide& s, int64_t page_size, uint8_t* page
 
 OW_INLINE void get_value_codes(const KVSide& s, int64_t page_size, const uint8_t* page,
                                int64_t token, uint8_t* codes) {
-  const int64_t panel = kv_panel_bytes(s.bits, page_size);
+  const int64_t panel = panel_bytes(s.bits, page_size);
   const int byte = int(token % 4) * 8;
   for (int64_t n = 0; n < s.d; n += kKVHalf) {
     const CodeLines at = kv_code_place(s.bits, panel, n, token);

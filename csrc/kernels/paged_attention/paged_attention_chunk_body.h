@@ -90,13 +90,13 @@ class Chunks {
 OW_INLINE const uint8_t* key_panel(const PagedAttentionArgs& a, const Panel& p) {
   const KVSide& side = a.kv.keys;
   return side.codes + p.page * kv_key_page_bytes(side.bits, a.kv.page_size, side.d) +
-         p.in_page / kKVPanel * kv_panel_bytes(side.bits, side.d);
+         p.in_page / kKVPanel * panel_bytes(side.bits, side.d);
 }
 OW_INLINE const uint8_t* value_panel(const PagedAttentionArgs& a, const Panel& p, int64_t channel) {
   const KVSide& side = a.kv.values;
   return side.codes + p.page * kv_value_page_bytes(side.bits, a.kv.page_size, side.d) +
-         channel / kKVPanel * kv_panel_bytes(side.bits, a.kv.page_size) +
-         p.in_page / kv_block_k(side.bits) * kv_block_bytes(side.bits);
+         channel / kKVPanel * panel_bytes(side.bits, a.kv.page_size) +
+         p.in_page / block_k(side.bits) * block_bytes(side.bits);
 }
 // The element of scales or mins, of the panel's first token.
 OW_INLINE int64_t scale_at(const PagedAttentionArgs& a, const KVSide& side, const Panel& p,

@@ -39,7 +39,7 @@ template <int kBits, int kDigits, int kHalves, int kRows>
 OW_INLINE void add_unit(const uint8_t* codes, int64_t unit, const uint8_t* digits,
                         const uint8_t* shared, __m512i (&sums)[kHalves][kRows]) {
   constexpr int kShared = kSharing<kBits, kDigits>;
-  const int64_t half_bytes = kv_block_bytes(kBits) / 2;
+  const int64_t half_bytes = block_bytes(kBits) / 2;
   const auto add_products = [&](int first, const uint8_t* dwords,
                                 const __m512i(&operand)[kHalves]) __attribute__((always_inline)) {
 #pragma GCC unroll 12
@@ -69,7 +69,7 @@ OW_INLINE void add_unit(const uint8_t* codes, int64_t unit, const uint8_t* digit
       __m512i bytes[kHalves];
 #pragma GCC unroll 2
       for (int h = 0; h < kHalves; ++h) {
-        bytes[h] = load_line(codes + h * half_bytes + unit * kv_block_bytes(kBits) + line * 64);
+        bytes[h] = load_line(codes + h * half_bytes + unit * block_bytes(kBits) + line * 64);
       }
       add_products(1, shared + 4 * line - kMaxDepth, bytes);
     }
@@ -84,7 +84,7 @@ OW_INLINE void multiply_panels(const DigitRows<kDigits>& x, int64_t first,
                                Units units, const Fetch& fetch, const Put& put) {
   constexpr int kHalves = kHalvesAtOnce<kDigits, kCount>;
   constexpr int kRows = kDigits * kCount;
-  const int64_t half_bytes = kv_block_bytes(kBits) / 2;
+  const int64_t half_bytes = block_bytes(kBits) / 2;
 #pragma GCC unroll 1
   for (int half = 0; half < 2; half += kHalves) {
     __m512i sums[kHalves][kRows];
@@ -143,7 +143,7 @@ OW_INLINE void with_bits(int32_t bits, const Body& body) {
 }
 
 OW_INLINE int64_t key_units(const KVSide& side) {
-  return round_up(side.d, kv_block_k(side.bits)) / 16;
+  return round_up(side.d, block_k(side.bits)) / 16;
 }
 
 // Keys and values of a chunk whose tokens are all in pages, by products in vector registers.
@@ -174,14 +174,14 @@ class CodeRows {
     const PagedAttentionArgs& a = rows->a;
     const uint8_t* panels[kChunkPanels];
     for (int64_t i = 0; i < chunk.panels; ++i) panels[i] = value_panel(a, chunk.panel[i], 0);
-    const int64_t panel_bytes = kv_panel_bytes(kBits, a.kv.page_size);
+    const int64_t panel = panel_bytes(kBits, a.kv.page_size);
     for (int64_t c = 0; c < a.kv.values.d; c += kKVPanel) {
       split_weights<kSharing<kBits, kDigits>>(*rows, chunk, c, &x_);
       for_each_row_block(rows->count, [&](int64_t first, auto count) {
         constexpr int kCount = decltype(count)::kRows;
         float* sums = states + first * state_size(a) + c;
         multiply_panels<kBits, kDigits, kCount>(
-            x_, first, panels, chunk.panels, c / kKVPanel * panel_bytes, Number<2>{},
+            x_, first, panels, chunk.panels, c / kKVPanel * panel, Number<2>{},
             ahead<kBits, kCount>(first, keys), [&](int half, int r, VecF total) {
               const int64_t lanes = a.kv.values.d - c - half * kLanes;
               float* to = sums + r * state_size(a) + half * kLanes;

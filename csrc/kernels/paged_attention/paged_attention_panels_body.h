@@ -176,7 +176,7 @@ class PanelReader {
   void unpack_values(const Panel& p, int64_t count, ValuePanel* out) const {
     const KVSide& side = a_.kv.values;
     const Grid grid(a_, side, p);
-    const Codes codes(side, value_panel(a_, p, 0), kv_panel_bytes(side.bits, a_.kv.page_size));
+    const Codes codes(side, value_panel(a_, p, 0), panel_bytes(side.bits, a_.kv.page_size));
     const bool channel_axis = side.axis == KVAxis::channel;
     for (int64_t c = 0; c < side.d; c += kLanes) {
       for (int64_t t = 0; t < kPanelTokens; t += 4) {
